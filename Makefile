@@ -1,0 +1,56 @@
+# `make demo` and `make test` are the two commands to know; both stand on `make venv`.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/installed
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all lint bench report peers triton36 gpu-check clean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(STAMP)  ## the environment in .venv, from pyproject.toml and constraints.txt
+
+# The mark `installing` stands until the installation is complete: finding it means that the last one was interrupted,
+# and a half-written package is not something pip can see, so the environment is made anew.
+$(STAMP): $(SOURCES)
+	@if [ -e $(VENV)/installing ] || ! $(RUN) -m pip --version >/dev/null 2>&1; then rm -rf $(VENV); fi
+	@[ -d $(VENV) ] || $(PYTHON) -m venv $(VENV)
+	@touch $(VENV)/installing
+	$(RUN) -m pip install -q -c constraints.txt -e '.[test,bench]'
+	@rm $(VENV)/installing && touch $@
+
+demo: venv  ## train a small language model with tp=2 x pp=2 on four processes, and prove it
+	$(RUN) -m tpmp_kernels train examples/demo.toml
+
+test: venv  ## the tests, at most 6 minutes: a seeded sample of every large grid
+	$(RUN) -m pytest -m 'not gpu and not full' tests
+
+test-all: venv  ## the full grids too
+	$(RUN) -m pytest -m 'not gpu' tests
+
+lint: venv  ## ruff
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+
+bench: venv  ## the CPU benchmarks; rows go to benchmarks/results/
+	$(RUN) -m pytest benchmarks
+
+report: venv  ## the README's tables, made from the committed rows
+	$(RUN) -m benchmarks.report
+
+peers: venv  ## the optional peers that benchmarks compare with
+	$(RUN) -m pip install -q -c constraints.txt -e '.[hf,liger]'
+
+triton36:  ## the oldest supported Triton, beside the environment, for ahead-of-time tests
+	$(PYTHON) -m pip install -q --target .triton36 --no-deps triton==3.6.0
+
+# On a GPU machine nothing can be installed: this uses the machine's own Python, and collects the files for it alone,
+# because others import what such a machine lacks (hypothesis).
+gpu-check:  ## on a GPU machine: the gpu tests and benchmarks, table last, rows under $$OUT
+	$(PYTHON) -m pytest -m gpu -o python_files='*_gpu.py' tests benchmarks
+
+clean:  ## everything that make made
+	rm -rf $(VENV) .triton36 build dist *.egg-info tpmp_kernels/*.so

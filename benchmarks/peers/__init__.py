@@ -1,0 +1,1 @@
+"""Programs to measure against, written in plain torch at its best practice; none imports tpmp_kernels."""

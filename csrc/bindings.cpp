@@ -1,0 +1,127 @@
+// The Python module tpmp_kernels._C: argument conversion, docstrings, GIL release and exception translation.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "shm/handoff.hpp"
+#include "shm/transport.hpp"
+#include "transport.hpp"
+
+namespace py = pybind11;
+using namespace tpmp;
+using namespace pybind11::literals;
+
+namespace {
+
+void check_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+const char* error_class(ErrorCode code) {
+  switch (code) {
+    case ErrorCode::peer_died: return "PeerDied";
+    case ErrorCode::peer_failed: return "PeerFailed";
+    case ErrorCode::mismatch: return "CollectiveMismatch";
+    case ErrorCode::timeout: return "TransportTimeout";
+    default: return "TransportError";
+  }
+}
+
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const transport_error& error) {
+    const py::object cls = py::module_::import("tpmp_kernels.errors").attr(error_class(error.code));
+    const py::object culprit = error.culprit < 0 ? py::object(py::none()) : py::object(py::int_(error.culprit));
+    PyErr_SetObject(cls.ptr(), cls(error.what(), culprit).ptr());
+  }
+}
+
+template <class T>
+T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+py::dict dtypes() {
+  py::dict codes;
+  const std::pair<const char*, DType> names[] = {
+      {"float64", DType::f64}, {"float32", DType::f32}, {"bfloat16", DType::bf16}, {"float16", DType::f16},
+      {"int64", DType::i64},   {"int32", DType::i32},   {"uint8", DType::u8},      {"int16", DType::i16},
+      {"int8", DType::i8},     {"bool", DType::boolean}};
+  for (const auto& [name, code] : names) codes[name] = int(code);
+  return codes;
+}
+
+py::dict reduce_ops() {
+  py::dict codes;
+  const std::pair<const char*, ReduceOp> names[] = {{"sum", ReduceOp::sum}, {"avg", ReduceOp::avg},
+                                                    {"max", ReduceOp::max}, {"min", ReduceOp::min},
+                                                    {"prod", ReduceOp::prod}};
+  for (const auto& [name, code] : names) codes[name] = int(code);
+  return codes;
+}
+
+void bind_work(py::module_& m) {
+  py::class_<Work, std::shared_ptr<Work>>(m, "Work", "A posted transfer; the caller keeps its buffer alive.")
+      .def("wait", &Work::wait, "timeout"_a, py::call_guard<py::gil_scoped_release>(),
+           "Blocks until it is done, at most `timeout` seconds; raises tpmp_kernels.errors.TransportError.")
+      .def("done", &Work::done, "True where wait would not block.");
+}
+
+void bind_transport(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  py::class_<Transport, std::shared_ptr<Transport>>(m, "Transport", "Addresses are ints, dtypes and ops their codes.")
+      .def("all_reduce",
+           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int op, const std::string& tag, double timeout) {
+             t.all_reduce(pointer<void>(data), numel, DType(dtype), ReduceOp(op), tag, timeout);
+           },
+           "data"_a, "numel"_a, "dtype"_a, "op"_a, "tag"_a, "timeout"_a, release(), "In place.")
+      .def("barrier", &Transport::barrier, "tag"_a, "timeout"_a, release(), "Returns when every rank has called it.")
+      .def("isend",
+           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int dst, const std::string& tag, bool waits) {
+             return t.isend(pointer<const void>(data), numel, DType(dtype), dst, tag, waits);
+           },
+           "data"_a, "numel"_a, "dtype"_a, "dst"_a, "tag"_a, "waits"_a, release(),
+           "Posts a send; `waits` where wait follows at once.")
+      .def("irecv",
+           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int src, const std::string& tag, bool waits) {
+             return t.irecv(pointer<void>(data), numel, DType(dtype), src, tag, waits);
+           },
+           "data"_a, "numel"_a, "dtype"_a, "src"_a, "tag"_a, "waits"_a, release(),
+           "Posts a receive; `waits` where wait follows at once.")
+      .def("abort", &Transport::abort, "reason"_a, release(), "Every rank raises PeerFailed with this reason.")
+      .def("close", &Transport::close, release(), "Leaves the group; a second call does nothing.")
+      .def("last_ops", &Transport::last_ops, release(), "One line a rank: what it is in, and what it did last.");
+}
+
+void bind_shm(py::module_& m) {
+  py::class_<shm::SegmentServer>(m, "SegmentServer", "Group rank 0's side of sharing one sealed memory segment.")
+      .def(py::init<int>(), "world"_a)
+      .def_property_readonly("address", &shm::SegmentServer::address)
+      .def_property_readonly("nonce", &shm::SegmentServer::nonce)
+      .def("serve", &shm::SegmentServer::serve, "seconds"_a, py::call_guard<py::gil_scoped_release>(),
+           "Answers at most one caller, waiting at most `seconds` for it.")
+      .def("transport",
+           [](shm::SegmentServer& s) -> std::shared_ptr<Transport> {
+             return std::make_shared<shm::ShmTransport>(s.segment(), 0);
+           },
+           "The transport of rank 0.");
+  m.def("attach",
+        [](const std::string& address, const std::string& nonce, int world, int rank) -> std::shared_ptr<Transport> {
+          return std::make_shared<shm::ShmTransport>(shm::fetch_segment(address, nonce, world, rank), rank);
+        },
+        "address"_a, "nonce"_a, "world"_a, "rank"_a, py::call_guard<py::gil_scoped_release>(),
+        "The transport of another rank; TransportError where it cannot share memory with rank 0.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled transports of tpmp_kernels; use tpmp_kernels.comm.";
+  m.attr("ABI") = TPMP_ABI;
+  m.attr("DTYPES") = dtypes();
+  m.attr("REDUCE_OPS") = reduce_ops();
+  py::register_exception_translator(&translate);
+  interrupt_hook = &check_signals;
+  bind_work(m);
+  bind_transport(m);
+  bind_shm(m);
+}

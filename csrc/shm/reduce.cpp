@@ -1,0 +1,107 @@
+// Blocks of elements go through the tree together: plain loops over short arrays, which the compiler vectorises.
+#include "shm/reduce.hpp"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "shm/numbers.hpp"
+
+namespace tpmp::shm {
+
+namespace {
+
+constexpr size_t kBlock = 512;  // elements; the accumulators of all levels stay in the L1 cache
+constexpr int kLevels = 7;      // of a tree over 64 ranks, and the result
+
+struct Add { template <class T> static T of(T a, T b) { return T(a + b); } };
+struct Multiply { template <class T> static T of(T a, T b) { return T(a * b); } };
+// The second test is true for a NaN in `a`; a NaN in `b` fails both and is returned.
+struct Max { template <class T> static T of(T a, T b) { return (a > b) | (a != a) ? a : b; } };
+struct Min { template <class T> static T of(T a, T b) { return (a < b) | (a != a) ? a : b; } };
+
+template <class T>
+constexpr bool is_half = std::is_same_v<T, bf16> || std::is_same_v<T, fp16>;
+template <class T>
+using Accumulator = std::conditional_t<is_half<T>, float, T>;
+
+template <class T>
+Accumulator<T> load(const T& value) {
+  if constexpr (is_half<T>) return widen(value);
+  else return value;
+}
+
+template <class T>
+T store(Accumulator<T> value) {
+  if constexpr (is_half<T>) return narrow<T>(value);
+  else return value;
+}
+
+int left_ranks(int ranks) {  // the largest power of two below `ranks`
+  return 1 << (31 - __builtin_clz(unsigned(ranks - 1)));
+}
+
+template <class T, class Op>
+void tree(const T* const* sources, int ranks, size_t at, size_t count, Accumulator<T> (*levels)[kBlock]) {
+  auto* out = levels[0];
+  if (ranks == 1) {
+    for (size_t i = 0; i < count; ++i) out[i] = load(sources[0][at + i]);
+    return;
+  }
+  if (ranks == 2) {
+    const T *a = sources[0] + at, *b = sources[1] + at;
+    for (size_t i = 0; i < count; ++i) out[i] = Op::of(load(a[i]), load(b[i]));
+    return;
+  }
+  const int left = left_ranks(ranks);
+  tree<T, Op>(sources, left, at, count, levels);
+  tree<T, Op>(sources + left, ranks - left, at, count, levels + 1);
+  for (size_t i = 0; i < count; ++i) out[i] = Op::of(out[i], levels[1][i]);
+}
+
+template <class T, class Op>
+void reduce(const void* const* sources, int ranks, size_t count, bool average, void* out) {
+  alignas(64) Accumulator<T> levels[kLevels][kBlock];
+  auto* inputs = reinterpret_cast<const T* const*>(sources);
+  for (size_t at = 0; at < count; at += kBlock) {
+    const size_t n = std::min(kBlock, count - at);
+    tree<T, Op>(inputs, ranks, at, n, levels);
+    if (average)
+      for (size_t i = 0; i < n; ++i) levels[0][i] /= Accumulator<T>(ranks);
+    T* target = static_cast<T*>(out) + at;
+    for (size_t i = 0; i < n; ++i) target[i] = store<T>(levels[0][i]);
+  }
+}
+
+template <class T>
+void reduce_typed(const void* const* sources, int ranks, size_t count, ReduceOp op, void* out) {
+  switch (op) {
+    case ReduceOp::sum: return reduce<T, Add>(sources, ranks, count, false, out);
+    case ReduceOp::avg: return reduce<T, Add>(sources, ranks, count, true, out);
+    case ReduceOp::max: return reduce<T, Max>(sources, ranks, count, false, out);
+    case ReduceOp::min: return reduce<T, Min>(sources, ranks, count, false, out);
+    case ReduceOp::prod: return reduce<T, Multiply>(sources, ranks, count, false, out);
+    case ReduceOp::none: return;
+  }
+}
+
+}  // namespace
+
+void reduce_tree(const void* const* sources, int ranks, size_t count, DType dtype, ReduceOp op, void* out) {
+  switch (dtype) {
+    case DType::f64: return reduce_typed<double>(sources, ranks, count, op, out);
+    case DType::f32: return reduce_typed<float>(sources, ranks, count, op, out);
+    case DType::bf16: return reduce_typed<bf16>(sources, ranks, count, op, out);
+    case DType::f16: return reduce_typed<fp16>(sources, ranks, count, op, out);
+    // Unsigned, because a sum that wraps is defined for it; the bits are those of the signed sum. Order is not.
+    case DType::i64:
+      if (op == ReduceOp::max || op == ReduceOp::min) return reduce_typed<int64_t>(sources, ranks, count, op, out);
+      return reduce_typed<uint64_t>(sources, ranks, count, op, out);
+    case DType::i32:
+      if (op == ReduceOp::max || op == ReduceOp::min) return reduce_typed<int32_t>(sources, ranks, count, op, out);
+      return reduce_typed<uint32_t>(sources, ranks, count, op, out);
+    case DType::u8: return reduce_typed<uint8_t>(sources, ranks, count, op, out);
+    default: return;
+  }
+}
+
+}  // namespace tpmp::shm

@@ -1,0 +1,144 @@
+// The layout of the shared segment and its mapping. Sizes and offsets stand in the header, so that they may be tuned
+// freely; a change of any struct below needs a new ABI string (tpmp_kernels/comm/_ext.py).
+//
+//   header | control block of each rank | two collective slots of each rank | ring of p2p slots of each ordered pair
+#pragma once
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "../transport.hpp"
+
+namespace tpmp::shm {
+
+constexpr size_t kLine = 64;     // cache line
+constexpr size_t kPage = 4096;
+constexpr uint64_t kMagic = 0x746e656d67655354;
+constexpr int kMaxWorld = 64;
+constexpr int kOpRecords = 64;   // last operations kept of each rank
+constexpr int kCollectiveSlots = 2;
+constexpr size_t kTagBytes = 64;
+constexpr size_t kTextBytes = 6144;
+
+static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
+
+// Written once by the creator, before anyone else maps the segment.
+struct Layout {
+  uint64_t magic;
+  uint64_t bytes;
+  char abi[32];
+  uint8_t nonce[16];
+  uint32_t world;
+  uint32_t op_records;
+  uint64_t control_offset, control_stride;
+  uint64_t collective_offset, collective_stride, collective_bytes;            // stride of a slot, payload of a slot
+  uint64_t pair_offset, pair_stride, p2p_stride, p2p_bytes, p2p_slots;        // stride of a pair, of a slot, ...
+  uint64_t reserved[16];
+};
+
+struct alignas(kLine) SegmentHeader : Layout {
+  alignas(kLine) std::atomic<uint64_t> poison;  // 0 = healthy, else a packed Poison; set once by compare-and-swap
+};
+
+// One call of one rank as its peers may read it at any time; fields are words so that a torn read is only stale.
+struct alignas(kLine) OpRecord {
+  std::atomic<uint64_t> seq;    // 1-based number of the call on its rank, 0 = empty
+  std::atomic<uint64_t> what;   // kind, dtype, reduce op, done flag in bytes 0-3; peer in bytes 4-7
+  std::atomic<uint64_t> numel;
+  std::atomic<int64_t> start_ns, end_ns;  // CLOCK_MONOTONIC, the same in every process of a host
+  std::atomic<uint64_t> tag[4];
+  uint64_t reserved[4];
+};
+
+struct alignas(kLine) RankControl {
+  // Robust mutex held for life by the rank's keeper thread: the kernel marks its word when the owner dies, and peers
+  // read that mark with a plain load.
+  alignas(kLine) pthread_mutex_t lease;
+  std::atomic<uint32_t> pid;
+  std::atomic<uint32_t> closed;                    // set before the lease of a clean exit ends
+  alignas(kLine) std::atomic<uint32_t> doorbell;   // the one futex word that this rank sleeps on
+  alignas(kLine) std::atomic<uint32_t> sleepers;   // threads of this rank that sleep on it, or are about to
+  alignas(kLine) std::atomic<uint64_t> op_count;
+  uint64_t reserved[32];
+  char poison_text[kTextBytes];                    // written before the poison word names this rank as reporter
+  OpRecord ops[kOpRecords];
+};
+
+struct alignas(kLine) SlotHeader {
+  std::atomic<uint64_t> seq;  // the flag: stored with release when everything below and the payload stand
+  uint64_t op_id;             // number of the collective call, or of the message of this pair
+  uint64_t fingerprint;       // of kind, dtype, reduce op, peer or root, numel and the whole tag
+  uint64_t numel;
+  uint64_t bytes;             // of payload in this slot
+  uint64_t offset;            // of this payload in the message
+  int32_t peer;
+  uint8_t kind, dtype, redop, flags;
+  uint32_t crc;               // for integrity checking
+  uint32_t tag_bytes;
+  char tag[kTagBytes];        // its beginning, for messages
+  uint64_t reserved[8];
+  char* payload() { return reinterpret_cast<char*>(this + 1); }
+};
+
+struct alignas(kLine) PairControl {
+  std::atomic<uint64_t> consumed;  // pieces that the receiver has taken: the sender's credit
+  uint64_t reserved[7];
+};
+
+static_assert(sizeof(SlotHeader) == 192 && sizeof(OpRecord) == 128 && sizeof(PairControl) == 64);
+
+struct Poison {
+  ErrorCode code;
+  int culprit;   // -1 = nobody can be named
+  int reporter;
+  uint64_t pack() const {
+    return uint64_t(code) | uint64_t(uint16_t(culprit + 1)) << 16 | uint64_t(uint16_t(reporter)) << 32;
+  }
+  static Poison unpack(uint64_t word) {
+    return {ErrorCode(word & 0xff), int(word >> 16 & 0xffff) - 1, int(word >> 32 & 0xffff)};
+  }
+};
+
+// A sealed memfd mapped into this process; unmapped with the last owner. The kernel frees it with the last mapping.
+class Segment {
+ public:
+  static std::shared_ptr<Segment> create(int world, const uint8_t nonce[16]);  // keeps the fd for the handoff
+  static std::shared_ptr<Segment> map(int fd, int world, const uint8_t nonce[16]);  // takes the fd
+  ~Segment();
+  Segment(const Segment&) = delete;
+  Segment& operator=(const Segment&) = delete;
+
+  int fd() const { return fd_; }
+  void close_fd();
+  int world() const { return int(header().world); }
+  SegmentHeader& header() const { return *reinterpret_cast<SegmentHeader*>(base_); }
+  RankControl& control(int rank) const {
+    return *reinterpret_cast<RankControl*>(base_ + header().control_offset + rank * header().control_stride);
+  }
+  SlotHeader& collective_slot(int rank, uint64_t round) const {
+    const uint64_t index = uint64_t(rank) * kCollectiveSlots + round % kCollectiveSlots;
+    return *reinterpret_cast<SlotHeader*>(base_ + header().collective_offset + index * header().collective_stride);
+  }
+  PairControl& pair(int src, int dst) const {
+    const uint64_t index = uint64_t(src) * header().world + dst;
+    return *reinterpret_cast<PairControl*>(base_ + header().pair_offset + index * header().pair_stride);
+  }
+  SlotHeader& p2p_slot(int src, int dst, uint64_t piece) const {
+    char* ring = reinterpret_cast<char*>(&pair(src, dst) + 1);
+    return *reinterpret_cast<SlotHeader*>(ring + piece % header().p2p_slots * header().p2p_stride);
+  }
+
+ private:
+  Segment(int fd, char* base, size_t bytes) : fd_(fd), base_(base), bytes_(bytes) {}
+  int fd_;
+  char* base_;
+  size_t bytes_;
+};
+
+[[noreturn]] void throw_errno(const std::string& what);  // transport_error{system} with the text of errno
+
+}  // namespace tpmp::shm

@@ -1,0 +1,166 @@
+// Point-to-point: messages of an ordered pair stream in pieces through the pair's ring, in the order of posting. A
+// piece may be written while the receiver has consumed all but the ring's length of those before it (its credit).
+#include <cstring>
+
+#include "shm/transport.hpp"
+
+namespace tpmp::shm {
+
+struct Transfer {
+  std::string tag;
+  Call call;              // call.tag views `tag`
+  char* data;
+  size_t bytes;
+  uint64_t print;
+  uint64_t seq;           // number in the record of operations
+  uint64_t message = 0;   // number in its pair, from 1, once begun
+  size_t moved = 0;
+  std::atomic<bool> done{false};
+};
+
+class ShmWork final : public Work {
+ public:
+  ShmWork(std::shared_ptr<ShmTransport> transport, std::shared_ptr<Transfer> transfer)
+      : transport_(std::move(transport)), transfer_(std::move(transfer)) {}
+  void wait(double timeout) override { transport_->await(*transfer_, timeout); }
+  bool done() override { return transport_->settled(*transfer_); }
+
+ private:
+  const std::shared_ptr<ShmTransport> transport_;
+  const std::shared_ptr<Transfer> transfer_;
+};
+
+std::shared_ptr<Work> ShmTransport::isend(const void* data, uint64_t numel, DType dtype, int dst,
+                                          const std::string& tag, bool waits) {
+  char* bytes = static_cast<char*>(const_cast<void*>(data));  // the buffer of a send is only read
+  return post({Kind::send, dtype, ReduceOp::none, dst, numel, tag}, bytes, waits);
+}
+
+std::shared_ptr<Work> ShmTransport::irecv(void* data, uint64_t numel, DType dtype, int src, const std::string& tag,
+                                          bool waits) {
+  return post({Kind::recv, dtype, ReduceOp::none, src, numel, tag}, static_cast<char*>(data), waits);
+}
+
+std::shared_ptr<Work> ShmTransport::post(const Call& call, char* data, bool waits) {
+  check_usable(call);
+  auto transfer = std::make_shared<Transfer>();
+  transfer->tag = call.tag;
+  transfer->call = call;
+  transfer->call.tag = transfer->tag;
+  transfer->data = data;
+  transfer->bytes = call.numel * element_bytes(call.dtype);
+  transfer->print = transfer_fingerprint(call, call.kind == Kind::send ? call.peer : rank_);
+  transfer->seq = record_start(segment_->control(rank_), call);
+  {
+    const std::lock_guard<std::mutex> lock(progress_mutex_);
+    (call.kind == Kind::send ? out_ : in_)[call.peer].queue.push_back(transfer);
+    pending_.fetch_add(1);
+  }
+  progress();
+  if (!waits && !transfer->done.load()) wake_keeper();
+  return std::make_shared<ShmWork>(shared_from_this(), transfer);
+}
+
+void ShmTransport::await(const Transfer& transfer, double timeout) {
+  if (transfer.done.load(std::memory_order_acquire)) return;
+  check_usable(transfer.call);
+  CallerWatch watch(*this, transfer.call, transfer.seq, timeout, [&](int peer) { return peer == transfer.call.peer; });
+  struct Inline {
+    ShmTransport& t;
+    explicit Inline(ShmTransport& t) : t(t) { t.inline_waiters_.fetch_add(1); }
+    ~Inline() {
+      t.inline_waiters_.fetch_sub(1);
+      if (t.pending_.load() == 0) return;
+      if (t.poisoned()) t.release_buffers();
+      t.wake_keeper();  // what is left to move is the keeper's again
+    }
+  };
+  const Inline here(*this);
+  caller_wait(*this, watch, spin_ns_, [&] {
+    progress();
+    return transfer.done.load(std::memory_order_acquire);
+  });
+}
+
+bool ShmTransport::settled(const Transfer& transfer) {
+  if (transfer.done.load(std::memory_order_acquire) || forked()) return true;
+  if (!poisoned() && !closed_.load()) return false;
+  release_buffers();
+  return true;
+}
+
+// In a failed or closed group nobody begins to move a transfer; who is in the middle of it holds this lock.
+void ShmTransport::release_buffers() { const std::lock_guard<std::mutex> lock(progress_mutex_); }
+
+void ShmTransport::progress() {
+  if (pending_.load() == 0) return;
+  const std::lock_guard<std::mutex> lock(progress_mutex_);
+  for (int peer = 0; peer < size_; ++peer) {
+    if (poisoned() || closed_.load()) return;  // the buffers are their owners' again
+    if (!out_[peer].queue.empty() && push(peer)) ring(doorbell(peer));
+    if (!in_[peer].queue.empty() && pull(peer)) ring(doorbell(peer));
+  }
+}
+
+// Writes as many pieces as there is credit for; true where at least one was published.
+bool ShmTransport::push(int dst) {
+  Lane& lane = out_[dst];
+  const SegmentHeader& h = segment_->header();
+  const uint64_t consumed = segment_->pair(rank_, dst).consumed.load(std::memory_order_acquire);
+  const uint64_t first = lane.piece, end = consumed + h.p2p_slots;
+  for (; lane.piece < end && !lane.queue.empty(); ++lane.piece) {
+    Transfer& transfer = *lane.queue.front();
+    if (transfer.message == 0) transfer.message = ++lane.message;
+    SlotHeader& slot = segment_->p2p_slot(rank_, dst, lane.piece);
+    describe(slot, transfer.call, transfer.print);
+    slot.op_id = transfer.message;
+    slot.offset = transfer.moved;
+    slot.bytes = std::min<size_t>(h.p2p_bytes, transfer.bytes - transfer.moved);
+    std::memcpy(slot.payload(), transfer.data + transfer.moved, slot.bytes);
+    transfer.moved += slot.bytes;
+    slot.seq.store(lane.piece + 1, std::memory_order_release);
+    if (transfer.moved == transfer.bytes) finish(lane.queue);
+  }
+  return lane.piece != first;
+}
+
+// Takes as many pieces as have arrived; true where at least one credit was given back.
+bool ShmTransport::pull(int src) {
+  Lane& lane = in_[src];
+  const uint64_t first = lane.piece, end = first + segment_->header().p2p_slots;
+  for (; lane.piece < end && !lane.queue.empty(); ++lane.piece) {
+    const SlotHeader& slot = segment_->p2p_slot(src, rank_, lane.piece);
+    if (slot.seq.load(std::memory_order_acquire) != lane.piece + 1) break;
+    Transfer& transfer = *lane.queue.front();
+    if (transfer.message == 0) transfer.message = ++lane.message;
+    if (!accept(transfer, slot)) break;
+    std::memcpy(transfer.data + transfer.moved, const_cast<SlotHeader&>(slot).payload(), slot.bytes);
+    transfer.moved += slot.bytes;
+    segment_->pair(src, rank_).consumed.store(lane.piece + 1, std::memory_order_release);
+    if (transfer.moved == transfer.bytes) finish(lane.queue);
+  }
+  return lane.piece != first;
+}
+
+// Checks the header before the payload is touched; poisons and refuses where it is not what this recv expects.
+bool ShmTransport::accept(const Transfer& transfer, const SlotHeader& slot) {
+  if (slot.fingerprint == transfer.print && slot.op_id == transfer.message && slot.offset == transfer.moved &&
+      slot.bytes <= transfer.bytes - transfer.moved)
+    return true;
+  const Call sent = call_in(slot);
+  poison(ErrorCode::mismatch, -1,
+         "rank " + std::to_string(transfer.call.peer) + " called " + words(sent) + ", but rank " +
+             std::to_string(rank_) + " called " + words(transfer.call) + "; they differ in " +
+             differing(sent, transfer.call));
+  return false;
+}
+
+void ShmTransport::finish(std::deque<std::shared_ptr<Transfer>>& queue) {
+  const std::shared_ptr<Transfer> transfer = std::move(queue.front());
+  queue.pop_front();
+  record_done(segment_->control(rank_), transfer->seq);
+  pending_.fetch_sub(1);
+  transfer->done.store(true, std::memory_order_release);
+}
+
+}  // namespace tpmp::shm

@@ -1,0 +1,224 @@
+"""The validator: every schedule as built passes, every fault that matters is refused, and it is fast enough."""
+
+import random
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mutants import mutate_schedule, mutate_transfers, runs_right
+
+from tpmp_kernels.errors import ScheduleError
+from tpmp_kernels.pipeline.lowering import Lowered, lower
+from tpmp_kernels.pipeline.schedule import Action, Kind, Schedule, Transfer
+from tpmp_kernels.pipeline.schedules import SCHEDULES, build
+from tpmp_kernels.pipeline.validate import validate
+
+NAMES = sorted(SCHEDULES)
+PEAK = {
+    "gpipe": lambda rank, stages, microbatches: microbatches,
+    "1f1b": lambda rank, stages, microbatches: min(microbatches, stages - rank),
+    "forward-only": lambda rank, stages, microbatches: 1,
+}
+
+
+def lower_naive(schedule: Schedule) -> Lowered:
+    """Receive before each compute and send after it, both blocking: the obvious lowering, and the wrong one."""
+    programs = []
+    for rank, actions in enumerate(schedule.actions):
+        program = []
+        for action in actions:
+            source, target = schedule.source(action), schedule.target(action)
+            if source and schedule.placement[source[1]] != rank:
+                message = (*source, action.microbatch, schedule.placement[source[1]])
+                program += [Transfer(Kind.RECV_POST, *message), Transfer(Kind.RECV_WAIT, *message)]
+            program.append(action)
+            if target and schedule.placement[target[1]] != rank:
+                message = (target[0], action.stage, action.microbatch, schedule.placement[target[1]])
+                program += [Transfer(Kind.SEND_POST, *message), Transfer(Kind.SEND_WAIT, *message)]
+        programs.append(tuple(program))
+    return Lowered(schedule, tuple(programs))
+
+
+@settings(deadline=None, max_examples=120)
+@given(st.sampled_from(NAMES), st.integers(1, 12), st.integers(1, 24))
+def test_every_built_schedule_is_proved(name, stages, microbatches):
+    schedule = build(name, stages=stages, microbatches=microbatches)
+    report = validate(schedule)
+    passes = 2 if schedule.backward else 1
+    assert report.actions == passes * stages * microbatches
+    assert report.messages == passes * (stages - 1) * microbatches
+    assert report.peak_live == tuple(PEAK[name](rank, stages, microbatches) for rank in range(stages))
+    assert runs_right(lower(schedule))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_naive_lowering_of_1f1b_deadlocks(ranks):
+    waits = "; ".join(f"rank {r} waits at SEND_WAIT of F of stage {r}, .* for rank {r + 1}" for r in range(ranks - 1))
+    with pytest.raises(ScheduleError, match=f"1f1b deadlocks: {waits}; rank {ranks - 1} waits at SEND_WAIT of B"):
+        validate(lower_naive(build("1f1b", stages=ranks, microbatches=2 * ranks)))
+
+
+def test_naive_lowering_of_gpipe_is_slow_but_clean():
+    validate(lower_naive(build("gpipe", stages=4, microbatches=8)))
+
+
+def mutants(count: int, seed: int):
+    """`count` mutants, half of them of compute orders and half of transfers; what does not even lower is refused."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        schedule = build(rng.choice(NAMES), stages=rng.randint(2, 6), microbatches=rng.randint(1, 8))
+        if rng.random() < 0.5:
+            what, mutant = mutate_schedule(schedule, rng)
+            try:
+                yield what, mutant, runs_right(lower(mutant)) and within_memory(mutant)
+            except (ScheduleError, IndexError):
+                yield what, mutant, False
+        else:
+            what, mutant = mutate_transfers(lower(schedule), rng)
+            yield what, mutant, runs_right(mutant)
+
+
+def within_memory(schedule: Schedule) -> bool:
+    for rank, actions in enumerate(schedule.actions):
+        live = 0
+        for action in actions:
+            live += {Kind.F: schedule.backward, Kind.BW: -1}[action.kind]
+            if live > PEAK[schedule.name](rank, schedule.stages, schedule.microbatches):
+                return False
+    return True
+
+
+def check_mutants(count: int, seed: int, least: int) -> None:
+    caught, harmless = Counter(), Counter()
+    for what, mutant, right in mutants(count, seed):
+        try:
+            validate(mutant)
+            assert right, f"accepted a schedule that does not run right: {what} in {mutant}"
+            harmless[what] += 1
+        except ScheduleError as error:
+            assert not right, f"refused a schedule that runs right: {what}: {error}"
+            caught[what] += 1
+    print(f"\ncaught {caught.total()} of {caught.total()} mutants {dict(caught)}, {harmless.total()} equivalent ones")
+    assert caught.total() >= least
+    assert min(caught.values()) >= 3
+
+
+def test_mutants_are_caught():
+    check_mutants(500, seed=1, least=200)
+
+
+@pytest.mark.full
+def test_many_mutants_are_caught():
+    check_mutants(10_000, seed=2, least=4_000)
+
+
+def edited(schedule: Schedule, rank: int, actions: list[Action]) -> Schedule:
+    rows = list(schedule.actions)
+    rows[rank] = tuple(actions)
+    return Schedule(schedule.name, schedule.placement, schedule.microbatches, tuple(rows), schedule.backward)
+
+
+F, B, W, BW = Kind.F, Kind.B, Kind.W, Kind.BW
+
+
+@pytest.mark.parametrize(
+    "actions, message",
+    [
+        ([(F, 1, 0), (BW, 1, 0), (F, 1, 1)], "rank 1 never computes B of stage 1, microbatch 1"),
+        ([(F, 1, 0), (BW, 1, 0), (F, 1, 1), (B, 1, 1)], "rank 1 never computes W of stage 1, microbatch 1"),
+        ([(F, 1, 0), (F, 1, 0)], "rank 1 computes F of stage 1, microbatch 0 a second time"),
+        ([(F, 1, 0), (B, 1, 0), (BW, 1, 0)], "rank 1 computes BW of stage 1, microbatch 0 a second time"),
+        ([(BW, 1, 0)], "rank 1 computes BW of stage 1, microbatch 0 before its F"),
+        ([(F, 1, 0), (W, 1, 0)], "rank 1 computes W of stage 1, microbatch 0 before its B"),
+        ([(F, 0, 0)], "rank 1 computes F of stage 0, microbatch 0 but rank 0 holds that stage"),
+        ([(F, 1, 2)], "rank 1 computes F of stage 1, microbatch 2 outside of 2 stages and 2 microbatches"),
+        ([(F, 1, 0), (F, 1, 1), (BW, 1, 1), (BW, 1, 0)], "after that of microbatch 1, but gradients must add up"),
+        (
+            [(F, 1, 0), (F, 1, 1), (BW, 1, 0), (BW, 1, 1)],
+            "rank 1 holds 2 live microbatches at once, more than the 1 of 2 stages and 2 microbatches",
+        ),
+    ],
+)
+def test_compute_faults_are_named(actions, message):
+    schedule = edited(build("1f1b", stages=2, microbatches=2), 1, [Action(*action) for action in actions])
+    with pytest.raises(ScheduleError, match=message):
+        validate(schedule)
+
+
+# Of two stages and two microbatches, forward only, the programs are: rank 0, F0 post F0 F1 wait F0 post F1 wait F1;
+# rank 1, post F0 post F1 wait F0 F0 wait F1 F1.
+@pytest.mark.parametrize(
+    "rank, at, change, message",
+    [
+        (0, 0, None, "rank 0 computes F of stage 0, microbatch 1 where the schedule has F of stage 0, microbatch 0"),
+        (0, 1, None, "rank 0 reaches SEND_WAIT of F of stage 0, microbatch 0 before it is computed or posted"),
+        (0, 3, None, "the sender never reaches SEND_WAIT of F of stage 0, microbatch 0"),
+        (1, 0, None, "rank 1 reaches RECV_WAIT of F of stage 0, microbatch 0 before it is computed or posted"),
+        (1, 2, None, "rank 1 reaches F of stage 1, microbatch 0 before F of stage 0, microbatch 0 is there"),
+        (1, 1, {"microbatch": 0}, "rank 1 reaches RECV_POST of F of stage 0, microbatch 0 a second time"),
+        (1, 1, {"microbatch": 2}, "RECV_POST of F of stage 0, microbatch 2 with rank 0, but the placement has no such"),
+        (1, 1, {"peer": 1}, "RECV_POST of F of stage 0, microbatch 1 with rank 1, but the placement has no such"),
+        (1, 1, {"payload": "B"}, "RECV_POST of B of stage 0, microbatch 1 with rank 0, but the placement has no such"),
+    ],
+)
+def test_transfer_faults_are_named(rank, at, change, message):
+    lowered = lower(build("forward-only", stages=2, microbatches=2))
+    programs = [list(program) for program in lowered.programs]
+    programs[rank][at : at + 1] = [] if change is None else [programs[rank][at]._replace(**change)]
+    with pytest.raises(ScheduleError, match=message):
+        validate(Lowered(lowered.schedule, tuple(map(tuple, programs))))
+
+
+def test_a_send_before_its_compute_and_one_out_of_order_are_named():
+    lowered = lower(build("gpipe", stages=2, microbatches=2))
+    early = list(lowered.programs[0])
+    early[:2] = reversed(early[:2])
+    with pytest.raises(ScheduleError, match="rank 0 reaches SEND_POST of F of stage 0, microbatch 0 before it is comp"):
+        validate(Lowered(lowered.schedule, (tuple(early), lowered.programs[1])))
+    crossed = list(lowered.programs[1])
+    crossed[:2] = reversed(crossed[:2])
+    with pytest.raises(
+        ScheduleError,
+        match="rank 0 sends F of stage 0, microbatch 0 where rank 1 receives F of stage 0, microbatch 1",
+    ):
+        validate(Lowered(lowered.schedule, (lowered.programs[0], tuple(crossed))))
+
+
+def test_b_and_w_apart_are_proved_and_hold_memory_until_w():
+    both = [(B, 1, 0), (B, 1, 1), (W, 1, 0), (W, 1, 1)]
+    schedule = edited(build("gpipe", stages=2, microbatches=2), 1, [Action(*a) for a in [(F, 1, 0), (F, 1, 1), *both]])
+    assert validate(schedule).peak_live == (2, 2)
+
+
+def test_a_circle_of_compute_orders_is_named():
+    orders = [[(F, 0, 0), (BW, 0, 0), (F, 0, 1), (BW, 0, 1)], [(F, 1, 0), (F, 1, 1), (BW, 1, 0), (BW, 1, 1)]]
+    actions = tuple(tuple(Action(*action) for action in order) for order in orders)
+    with pytest.raises(ScheduleError, match="rank 1 waits at F of stage 1, microbatch 1 for F of stage 0 of rank 0"):
+        validate(Schedule("mine", (0, 1), 2, actions))
+
+
+def test_lowered_actions_must_be_those_of_the_schedule():
+    lowered = lower(build("gpipe", stages=1, microbatches=2))
+    program = (lowered.programs[0][1], lowered.programs[0][0], *lowered.programs[0][2:])
+    with pytest.raises(
+        ScheduleError, match="computes F of stage 0, microbatch 1 where the schedule has F of stage 0, m"
+    ):
+        validate(Lowered(lowered.schedule, (program,)))
+
+
+def test_largest_1f1b_is_proved_in_linear_time():
+    def seconds(microbatches: int) -> float:
+        lowered = lower(build("1f1b", stages=64, microbatches=microbatches))
+        times = []
+        for _ in range(2):
+            start = time.process_time()
+            validate(lowered)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    small, large = seconds(64), seconds(256)
+    print(f"\nvalidate: 64 stages x 64 microbatches {small:.3f} s, x 256 {large:.3f} s (bar 0.2 s)")
+    assert large < 8 * small, "four times the steps took more than eight times the time"
+    assert large < 1.0, "five times the bar, since test machines are shared"

@@ -1,0 +1,101 @@
+"""`tpmp train` as a user runs it: four processes, the proof, what it leaves, and a resumed run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+CONFIG = """
+[model]
+vocab_size = 256
+hidden = 32
+layers = 4
+heads = 4
+kv_heads = 2
+ffn = 48
+
+[data]
+source = "{text}"
+cache = "{cache}"
+sequence = 16
+validation_fraction = 0.1
+
+[parallel]
+tp = 2
+pp = 2
+schedule = "1f1b"
+microbatches = 4
+
+[training]
+steps = 8
+batch = 8
+seed = 7
+
+[optimizer]
+lr = 0.003
+warmup_steps = 2
+
+[validation]
+every = 4
+batches = 2
+
+[checkpoint]
+every = 4
+
+[proof]
+fp64_steps = 6
+fp32_steps = 4
+
+[output]
+run_dir = "{run}"
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog; " * 400)
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG.format(text=text, cache=tmp_path / "cache", run=tmp_path / "run"))
+    return path
+
+
+def train(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tpmp_kernels", "train", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def losses(run) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def test_trains_proves_and_leaves_its_pictures_and_resumes_bitwise(config, tmp_path):
+    done = train(config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "proof fp64: largest relative loss difference over 6 steps" in done.stdout
+    assert done.stdout.count(": equal") == 2
+    assert done.stderr == ""
+
+    run = tmp_path / "run"
+    names = {p.name for p in run.iterdir()}
+    assert names == {"checkpoints", "config.toml", "loss.png", "metrics.jsonl", "timeline.svg"}
+    assert (run / "timeline.svg").read_text().startswith("<svg")
+    whole = losses(run)
+    assert sorted(whole) == list(range(8))
+
+    # A run of 4 steps, continued to 8: the same losses as the uninterrupted one, to the last bit.
+    half = train(config, "--training.steps", 4, "--proof.enabled", "False")
+    assert half.returncode == 0 and (tmp_path / "run-2").is_dir(), half.stdout + half.stderr
+    resumed = train("--resume", tmp_path / "run-2", "--training.steps", 8)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "resumed behind step 4" in resumed.stdout
+    assert losses(tmp_path / "run-2") == whole
+
+
+def test_a_difference_fails_the_run_with_one_sentence(config):
+    done = train(config, "--training.steps", 2, "--proof.fp64-steps", 2, "--proof.fp64-tolerance", 1e-30)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "proof fp64" in line and "DIFFERENT" in line

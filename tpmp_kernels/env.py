@@ -1,0 +1,20 @@
+"""Every environment variable that this package reads, in one place. Each is read when it is needed, never at import.
+
+TPMP_EXT=require        a missing or stale compiled extension is an error (CI), at build and at import
+TPMP_TRANSPORT=NAME     shm | process_group: overrides the communicator's own choice
+TPMP_OPS=NAME           triton | cpu | reference: overrides the choice of ops by device
+"""
+
+import os
+
+
+def extension_required() -> bool:
+    return os.environ.get("TPMP_EXT") == "require"
+
+
+def transport() -> str | None:
+    return os.environ.get("TPMP_TRANSPORT") or None
+
+
+def ops() -> str | None:
+    return os.environ.get("TPMP_OPS") or None

@@ -1,0 +1,30 @@
+"""The shape of a decoder: plain numbers, no torch, so that a config can be read, checked and planned anywhere."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    vocab_size: int = 256
+    """Number of token ids; 256 for byte tokens."""
+    hidden: int = 128
+    """Width of the residual stream, in features."""
+    layers: int = 4
+    """Number of decoder layers."""
+    heads: int = 4
+    """Number of query heads; each is hidden / heads wide."""
+    kv_heads: int = 2
+    """Number of key and value heads; every one serves heads / kv_heads query heads."""
+    ffn: int = 352
+    """Width of the SwiGLU layer between its two projections, in features."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+
+    @property
+    def head_size(self) -> int:
+        """Features of one head."""
+        return self.hidden // self.heads

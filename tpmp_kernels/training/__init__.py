@@ -1,0 +1,10 @@
+"""Training: the config, the launcher of ranks, and what each rank runs.
+
+    config.py      frozen dataclasses, read from TOML and written to it
+    config_check.py   what is refused before a process starts;  overrides.py: values from the command line
+    launch.py      starts local ranks, or uses torchrun's; says in one sentence why a run ended early
+    slate.py       what a rank leaves for its launcher: how far it came, and why it failed
+    lifeline.py    no process outlives its launcher
+
+Nothing is imported here, so that a config can be read and refused before torch is loaded.
+"""

@@ -1,0 +1,107 @@
+"""Every check of a Config that can be made before a process starts. Each refusal is one sentence with the remedy."""
+
+import difflib
+import math
+from pathlib import Path
+from typing import Any
+
+from tpmp_kernels.errors import UsageError
+from tpmp_kernels.pipeline.schedules import SCHEDULES
+from tpmp_kernels.training.config import STDLIB, Config
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot run, before any process starts. Raises UsageError with expected, got and remedy."""
+    _check_numbers(config)
+    _check_model(config)
+    _check_parallel(config)
+    source = config.data.source
+    if source != STDLIB and not Path(source).exists():
+        raise UsageError(
+            f"data.source: expected {STDLIB!r} or an existing file or folder, got {source!r}, which does not exist"
+        )
+
+
+_POSITIVE = [
+    "model.vocab_size", "model.hidden", "model.layers", "model.heads", "model.kv_heads", "model.ffn",
+    "model.rope_theta", "model.norm_eps", "data.sequence", "parallel.tp", "parallel.pp", "parallel.microbatches",
+    "training.steps", "training.batch", "training.threads", "training.timeout", "optimizer.lr", "optimizer.eps",
+    "optimizer.clip_norm", "validation.batches", "proof.fp64_steps", "proof.fp64_tolerance", "proof.fp32_steps",
+    "proof.fp32_tolerance", "output.log_every",
+]  # fmt: skip
+_NOT_NEGATIVE = ["optimizer.warmup_steps", "optimizer.weight_decay", "validation.every", "checkpoint.every"]
+
+
+def _check_numbers(config: Config) -> None:
+    for name in _POSITIVE:
+        value = _value(config, name)
+        if not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{name}: expected more than 0, got {value}")
+    for name in _NOT_NEGATIVE:
+        if not (math.isfinite(_value(config, name)) and _value(config, name) >= 0):
+            raise UsageError(f"{name}: expected 0 or more, got {_value(config, name)}")
+    if not 0 < config.data.validation_fraction < 1:
+        raise UsageError(f"data.validation_fraction: expected between 0 and 1, got {config.data.validation_fraction}")
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise UsageError(f"optimizer.betas: expected two numbers from 0 up to 1, got {list(config.optimizer.betas)}")
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if model.hidden % model.heads:
+        raise UsageError(
+            f"model.hidden={model.hidden} is not divisible by model.heads={model.heads}; "
+            f"use heads in {_divisors(model.hidden)}"
+        )
+    if model.head_size % 2:
+        raise UsageError(
+            f"model.hidden={model.hidden} gives {model.heads} heads of {model.head_size} features, expected an even "
+            f"number because rotary positions turn pairs; use hidden={model.heads * (model.head_size + 1)}"
+        )
+    if model.heads % model.kv_heads:
+        raise UsageError(
+            f"model.heads={model.heads} is not divisible by model.kv_heads={model.kv_heads}; "
+            f"use kv_heads in {_divisors(model.heads)}"
+        )
+
+
+def _check_parallel(config: Config) -> None:
+    model, parallel, training = config.model, config.parallel, config.training
+    allowed = _divisors(math.gcd(model.heads, model.kv_heads, model.ffn, model.vocab_size))
+    for name in ("heads", "kv_heads", "ffn", "vocab_size"):
+        if getattr(model, name) % parallel.tp:
+            raise UsageError(
+                f"model.{name}={getattr(model, name)} is not divisible by parallel.tp={parallel.tp}; "
+                f"use tp in {allowed} or change {name}"
+            )
+    if model.layers < parallel.pp:
+        raise UsageError(
+            f"model.layers={model.layers} is less than parallel.pp={parallel.pp} and every stage needs a layer; "
+            f"use pp up to {model.layers} or layers={parallel.pp}"
+        )
+    if training.batch % parallel.microbatches:
+        raise UsageError(
+            f"training.batch={training.batch} is not divisible by parallel.microbatches={parallel.microbatches}; "
+            f"use microbatches in {_divisors(training.batch)}"
+        )
+    names = schedule_names()
+    if parallel.schedule not in names:
+        nearest = difflib.get_close_matches(parallel.schedule, names, n=1, cutoff=0.0)[0]
+        raise UsageError(
+            f"parallel.schedule: expected one of {', '.join(names)}, got {parallel.schedule!r}; "
+            f"the nearest known one is {nearest!r}"
+        )
+
+
+def schedule_names() -> list[str]:
+    """The schedules that a config can name."""
+    return [name for name in SCHEDULES if name != "forward-only"]  # that one is for validation: it has no backward
+
+
+def _value(config: Config, name: str) -> Any:
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def _divisors(number: int) -> str:
+    return "{" + ", ".join(str(d) for d in range(1, number + 1) if number % d == 0) + "}"
