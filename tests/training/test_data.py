@@ -37,7 +37,7 @@ def test_validation_is_cut_from_the_end(tmp_path):
 
 def test_unigram_entropy_is_that_of_the_bytes(tmp_path):
     made = corpus(tmp_path, b"aabc" * 500, sequence=8)
-    assert math.isclose(made.unigram_entropy(), 1.5 * math.log(2), rel_tol=1e-12)
+    assert math.isclose(made.unigram_entropy, 1.5 * math.log(2), rel_tol=1e-12)
 
 
 def test_the_standard_library_is_read_once_and_cached(tmp_path):

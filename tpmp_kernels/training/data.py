@@ -8,6 +8,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ class Corpus:
     train: np.ndarray
     validation: np.ndarray
 
+    @cached_property
     def unigram_entropy(self) -> float:
         """Entropy in nat of the distribution of single bytes over the whole corpus: what a model without context
         could reach at best."""

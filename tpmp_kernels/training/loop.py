@@ -45,7 +45,7 @@ def _run(config: Config, resume: Path | None, device: str) -> None:
     if exact:
         reference, verdicts = _prove(config, corpus, metrics.losses, exact)
     _say(
-        draw_losses(folder / "loss.png", metrics.losses, reference, metrics.validation, corpus.unigram_entropy()),
+        draw_losses(folder / "loss.png", metrics.losses, reference, metrics.validation, corpus.unigram_entropy),
     )
     metrics.close()
     _say(f"everything is in {folder}/; continue with: tpmp train --resume {folder}")
@@ -74,7 +74,7 @@ def _train(config: Config, where: Layout, corpus: Corpus, folder: Path, *, resum
             loss = trainer.validate()
             if metrics:
                 metrics.validate(step + 1, loss)
-                _say(_validation_line(loss, corpus.unigram_entropy()))
+                _say(_validation_line(loss, corpus.unigram_entropy))
         if _due(step + 1, config.checkpoint.every, last):
             checkpoint.save(folder / "checkpoints", step + 1, trainer.tensors(), where.mesh["tp"])
     _draw_timeline(trainer, where, folder, last)
@@ -119,7 +119,7 @@ def _introduce(config: Config, where: Layout, corpus: Corpus, trainer: Trainer, 
         f"{own:,} parameters on rank 0; transport {where.world.transport}"
     )
     _say(
-        f"data: {config.data.source}, {bytes_ / 1e6:.1f} MB; unigram entropy {corpus.unigram_entropy():.4f} nat a byte"
+        f"data: {config.data.source}, {bytes_ / 1e6:.1f} MB; unigram entropy {corpus.unigram_entropy:.4f} nat a byte"
     )
     if first:
         _say(f"resumed behind step {first}")
