@@ -34,7 +34,7 @@ def sources() -> list[Path]:
 
 def imports(path: Path) -> set[str]:
     """Absolute names that a file imports, wherever in the file, relative ones resolved; TYPE_CHECKING blocks too."""
-    package = ["tpmp_kernels", *path.relative_to(ROOT).parent.parts]
+    package = [*path.relative_to(ROOT.parent).parent.parts]
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -89,3 +89,20 @@ def test_schedule_tools_load_without_torch():
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# What a GPU machine has; nothing can be installed there.
+GPU_MACHINE = {"torch", "triton", "numpy", "pytest", "tpmp_kernels", "tests", "benchmarks", "bounds", "problems"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for room in ("tests", "benchmarks") for p in (ROOT.parent / room).rglob("*.py"))
+)
+def test_gpu_tests_import_what_a_gpu_machine_has(path):
+    """`make gpu-check` collects *_gpu.py alone, so a gpu test anywhere else would never run."""
+    text = path.read_text()
+    if path.name.endswith("_gpu.py") or path.name == "conftest.py":
+        found = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+        assert found <= GPU_MACHINE, f"{path} imports {sorted(found - GPU_MACHINE)}"
+    elif path != Path(__file__):
+        assert "mark.gpu" not in text, f"{path} has a gpu test: move it to a file called *_gpu.py"
