@@ -3,6 +3,7 @@
 TPMP_EXT=require        a missing or stale compiled extension is an error (CI), at build and at import
 TPMP_TRANSPORT=NAME     shm | process_group: overrides the communicator's own choice
 TPMP_OPS=NAME           triton | cpu | reference: overrides the choice of ops by device
+TPMP_LAUNCHER           internal: the launcher's word to its own fork server (training/lifeline.py)
 """
 
 import os

@@ -1,5 +1,8 @@
 """The assembled decoder against the stock-torch reference in fp64: loss and every gradient, whole and sharded."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -90,3 +93,8 @@ def test_kv_heads_that_do_not_divide_are_refused():
     comm.size = 8
     with pytest.raises(ValueError, match="kv_heads is 4, not divisible by tp=8"):
         Decoder(CONFIG, comm)
+
+
+def test_a_config_is_read_without_torch():
+    code = "import sys; from tpmp_kernels.models import ModelConfig; ModelConfig(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -9,15 +9,14 @@ import signal
 import sys
 import time
 
-import torch
-import torch.distributed as dist
-
 from tpmp_kernels.__main__ import guarded
 from tpmp_kernels.errors import PeerFailed, ProofFailed, UsageError
 from tpmp_kernels.training.launch import RankFailed, launch, progress, rank_environment
 
 
 def rank_main(scenario: str, victim: int) -> None:
+    import torch.distributed as dist  # not at the top: the launcher imports this file too, and starts sooner without
+
     with rank_environment(threads=1) as here:
         dist.barrier()
         sys.stderr.write(f"up {here.rank} {os.getpid()}\n")
@@ -26,6 +25,9 @@ def rank_main(scenario: str, victim: int) -> None:
 
 def reduce_forever(rank: int, victim: int) -> None:
     """Survivors of a kill get gloo's error at once, long before the agent looks at its processes."""
+    import torch
+    import torch.distributed as dist
+
     step = 0
     while True:
         progress(f"at step {step}")

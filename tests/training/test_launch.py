@@ -146,6 +146,18 @@ def test_interrupted(started, signum):
     wait_for(lambda: not run.left_behind(segments), 5)
 
 
+def test_interrupted_with_a_stopped_rank(started):
+    """It cannot act on SIGTERM, and the agent alone would wait 30 s for it."""
+    run = started("reduce_forever")
+    os.kill(run.ranks()[3], signal.SIGSTOP)
+    start = time.monotonic()
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.process.wait(10) == 130
+    assert time.monotonic() - start < 2
+    assert len(run.said()) == 1
+    wait_for(lambda: not run.left_behind(set()), 5)
+
+
 @pytest.mark.parametrize("moment", ["fork server", "ranks"])
 def test_interrupted_while_starting(started, moment):
     run = started("reduce_forever")

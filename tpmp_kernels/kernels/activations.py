@@ -30,13 +30,26 @@ def derivative(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
     elif ACTIVATION == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        slope = s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+        s, complement = _logistic(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        slope = s + z * s * complement * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
     elif ACTIVATION == "silu":
-        s = tl.sigmoid(z)
-        slope = s * (1.0 + z * (1.0 - s))
+        s, complement = _logistic(z)
+        slope = s * (1.0 + z * complement)
     elif ACTIVATION == "relu":
         slope = tl.where(z > 0.0, 1.0, 0.0)
     else:
         slope = tl.where(z > 0.0, 2.0 * z, 0.0)
     return slope
+
+
+@triton.jit
+def _logistic(u):
+    """sigmoid(u) and 1 - sigmoid(u), both to full relative precision.
+
+    Subtracting from 1 leaves an absolute error of one unit, which the derivative multiplies by z (1 + 0.13 z^2): 20
+    units at z = 4. One exponential serves both, and its argument is never positive, so it cannot overflow.
+    """
+    e = tl.exp(-tl.abs(u))
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(u < 0.0, small, large), tl.where(u < 0.0, large, small)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 # Name of the activation -> (attr, algorithm). relu2 is relu, then a square in place.
 _FUSED = {
-    None: ("none", ""),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
     "silu": ("swish", ""),
@@ -41,7 +40,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """act(x @ weight^T + bias) in one pass. x [M, K], weight [N, K] -> [M, N]."""
     attr, algorithm = _FUSED[activation]
     y = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, attr, [], algorithm)

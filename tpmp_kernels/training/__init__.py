@@ -4,6 +4,7 @@
     config_check.py   what is refused before a process starts;  overrides.py: values from the command line
     launch.py      starts local ranks, or uses torchrun's; says in one sentence why a run ended early
     slate.py       what a rank leaves for its launcher: how far it came, and why it failed
+    interrupt.py   Ctrl-C and requests to end
     lifeline.py    no process outlives its launcher
 
 Nothing is imported here, so that a config can be read and refused before torch is loaded.

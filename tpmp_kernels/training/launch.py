@@ -27,17 +27,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 from tpmp_kernels.errors import ProofFailed, UsageError
 from tpmp_kernels.training import lifeline
+from tpmp_kernels.training.interrupt import Interrupted, signals_end_ranks
 from tpmp_kernels.training.slate import Report, Slate
 
 # Several times the agent's poll, so that it finds a killed rank gone while those who miss it are still there.
 _MONITOR_INTERVAL = 0.1
 _LINGER = {"transport": 1.0, "error": 0.5}
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID")
 
 
@@ -47,19 +46,6 @@ class RankFailed(RuntimeError):
     def __init__(self, message: str, traceback: str = ""):
         super().__init__(message)
         self.traceback = traceback
-
-
-class Interrupted(KeyboardInterrupt):
-    """The launcher got `signum` (Ctrl-C or a request to end) and stopped the ranks."""
-
-    def __init__(self, signum: int):
-        super().__init__()
-        self.signum = signum
-        self.progress = "before the first step"
-
-    def __str__(self) -> str:
-        how = "interrupted" if self.signum == signal.SIGINT else f"ended by {signal.Signals(self.signum).name}"
-        return f"{how} {self.progress}; every rank was stopped"
 
 
 def given_rank() -> int | None:
@@ -94,13 +80,17 @@ def _launch_local(function: Callable, args: tuple, ranks: int, preload: Sequence
     before = set(multiprocessing.active_children())
     slates = [Slate() for _ in range(ranks)]
     try:
-        with _signals_raise():
+        with signals_end_ranks(before) as received:
             _start_fork_server([*preload, function.__module__])
             _silence_agent()
             agent = importlib.import_module("torch.distributed.launcher.api")
+            if received:
+                raise Interrupted(received[0])
             try:
                 agent.elastic_launch(_agent_config(agent, ranks), _rank)(os.getpid(), slates, function, args)
             except agent.ChildFailedError as error:
+                if received:
+                    raise Interrupted(received[0]) from None
                 raise _verdict(error.failures, [slate.read()[1] for slate in slates]) from None
     except Interrupted as interrupted:
         interrupted.progress = slates[0].read()[0] or interrupted.progress
@@ -110,29 +100,6 @@ def _launch_local(function: Callable, args: tuple, ranks: int, preload: Sequence
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
             process.join()
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Signals become Interrupted, once: a second one must not cut short how the ranks are stopped.
-
-    Those that this process ignores, as under nohup, stay ignored.
-    """
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        for each in _SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(signum)
-
-    handlers = {each: signal.getsignal(each) for each in _SIGNALS}
-    previous = {each: old for each, old in handlers.items() if old not in (signal.SIG_IGN, None)}
-    for each in previous:
-        signal.signal(each, interrupt)
-    try:
-        yield
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
 
 
 def _start_fork_server(preload: list[str]) -> None:

@@ -118,9 +118,7 @@ def _introduce(config: Config, where: Layout, corpus: Corpus, trainer: Trainer, 
         f"{config.parallel.schedule}, {config.parallel.microbatches} microbatches, {config.training.dtype}; "
         f"{own:,} parameters on rank 0; transport {where.world.transport}"
     )
-    _say(
-        f"data: {config.data.source}, {bytes_ / 1e6:.1f} MB; unigram entropy {corpus.unigram_entropy:.4f} nat a byte"
-    )
+    _say(f"data: {config.data.source}, {bytes_ / 1e6:.1f} MB; unigram entropy {corpus.unigram_entropy:.4f} nat a byte")
     if first:
         _say(f"resumed behind step {first}")
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from tpmp_kernels.models import ReferenceDecoder, initialize
+from tpmp_kernels.models.reference import ReferenceDecoder
+from tpmp_kernels.models.weights import initialize
 from tpmp_kernels.training.config import Config
 from tpmp_kernels.training.data import Corpus
 from tpmp_kernels.training.optimizer import learning_rate

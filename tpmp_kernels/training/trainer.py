@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tpmp_kernels.checkpoint import Placed
-from tpmp_kernels.models import Decoder, initialize
+from tpmp_kernels.models.decoder import Decoder
+from tpmp_kernels.models.weights import initialize
 from tpmp_kernels.pipeline.runtime import Runtime, StepResult
 from tpmp_kernels.pipeline.schedule import Event
 from tpmp_kernels.pipeline.schedules import build
