@@ -33,7 +33,7 @@ def _warn_without_extension() -> None:
     if importlib.util.find_spec("tpmp_kernels._C") is not None:
         return
     text = (
-        "tpmp_kernels: the compiled extension tpmp_kernels._C is missing, so ranks fall back to torch.distributed; "
+        "the compiled extension tpmp_kernels._C is missing, so ranks fall back to torch.distributed; "
         "install a C++17 compiler (g++) and run `pip install -e .` again"
     )
     if env.extension_required():

@@ -242,6 +242,6 @@ def communicator(
     except CannotShare as why:
         if transport == "shm":
             raise UsageError(f"communicator {name!r}: transport shm is impossible: {why}") from None
-        if transport is None and dist.get_rank(group) == 0:
+        if transport is None and dist.get_rank() == 0:
             _log.warning("communicator %r uses torch.distributed (%s): %s", name, group.name(), why)
         return ProcessGroupCommunicator(group, name=name, timeout=timeout)

@@ -117,7 +117,10 @@ def _start_fork_server(preload: list[str]) -> None:
     # signal that comes meanwhile is delivered afterwards.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with _environment(lifeline.VARIABLE, f"{os.getpid()} {multiprocessing.util.get_temp_dir()}"):
+        with (
+            _environment(lifeline.VARIABLE, f"{os.getpid()} {multiprocessing.util.get_temp_dir()}"),
+            _environment("PYTHONWARNINGS", "ignore:the compiled extension:UserWarning"),  # said by this process
+        ):
             multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
