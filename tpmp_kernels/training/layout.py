@@ -1,7 +1,7 @@
 """Where this rank stands: the device mesh of a run, and the communicators over its groups."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -33,11 +33,11 @@ def layout(config: Config, device: str) -> Iterator[Layout]:
     mesh = init_device_mesh(device, (parallel.pp, 1, parallel.tp), mesh_dim_names=("pp", "dp", "tp"))
     transport = None if config.training.transport == "auto" else config.training.transport
     groups = {"tp": mesh.get_group("tp"), "pp": mesh.get_group("pp"), "world": dist.group.WORLD}
-    made: dict[str, Communicator] = {}
-    try:
-        for name, group in groups.items():
-            made[name] = communicator(group, transport=transport, name=name, timeout=config.training.timeout)
+    with ExitStack() as stack:  # an exception on this rank reaches the others with its text, as each is left
+        made = {
+            name: stack.enter_context(
+                communicator(group, transport=transport, name=name, timeout=config.training.timeout)
+            )
+            for name, group in groups.items()
+        }
         yield Layout(mesh, **made)
-    finally:
-        for comm in made.values():
-            comm.close()
