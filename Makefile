@@ -50,6 +50,8 @@ triton36:  ## the oldest supported Triton, beside the environment, for ahead-of-
 # On a GPU machine nothing can be installed: this uses the machine's own Python, and collects the files for it alone,
 # because others import what such a machine lacks (hypothesis).
 gpu-check:  ## on a GPU machine: the gpu tests and benchmarks, table last, rows under $$OUT
+	@$(PYTHON) -c "import sys; from importlib.util import find_spec; find_spec('torch') and __import__('torch').cuda.is_available() \
+	    or sys.exit('gpu-check: expected torch and a CUDA device, $(PYTHON) finds none; run it on a GPU machine')"
 	$(PYTHON) -m pytest -m gpu -o python_files='*_gpu.py' tests benchmarks
 
 clean:  ## everything that make made

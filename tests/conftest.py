@@ -1,8 +1,16 @@
 """Fixtures shared by every test: pools of ranks, one for each world size, alive for the whole session."""
 
 import pytest
+import torch
 
 from tpmp_kernels.testing import RankPool
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")
