@@ -12,6 +12,12 @@ TEXT = (ROOT / "README.md").read_text()
 USE_A_KERNEL, ASSEMBLE_A_MODEL = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 
 
+def test_what_the_demo_prints_is_what_it_printed():
+    """docs/demo.txt is the output of one `make demo`, whole; the README quotes its end."""
+    (quoted,) = re.findall(r"^```\n(validation loss .*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    assert (ROOT / "docs/demo.txt").read_text().endswith(quoted)
+
+
 def run(*command: str) -> None:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,14 +1,13 @@
 """The same decoder in stock torch modules, unsharded and unfused: the oracle of tests and of the proof.
 
-It shares nothing with decoder.py but the config, the parameter names and the rotary table, so that a mistake in a
-sharded layer, a fused op or a collective cannot be in both.
+It shares nothing with decoder.py but the config and the parameter names, so that a mistake in a sharded layer, a fused
+op or a collective cannot be in both.
 """
 
 import torch
 from torch import Tensor, nn
 
 from tpmp_kernels.models.config import ModelConfig
-from tpmp_kernels.models.rope import rotary, rotary_table
 
 
 class ReferenceLayer(nn.Module):
@@ -42,8 +41,7 @@ class ReferenceLayer(nn.Module):
     def attention(self, x: Tensor) -> Tensor:
         config, proj = self.config, self.self_attn
         q, k, v = (proj[name](x).unflatten(-1, (-1, config.head_size)).transpose(1, 2) for name in _QKV)
-        table = rotary_table(x.shape[1], config.head_size, config.rope_theta, dtype=x.dtype, device=x.device)
-        q, k = rotary(q, table), rotary(k, table)
+        q, k = rotate(q, config.rope_theta), rotate(k, config.rope_theta)
         k, v = (t.repeat_interleave(config.heads // config.kv_heads, dim=1) for t in (k, v))
         score = q @ k.transpose(-1, -2) * config.head_size**-0.5
         future = torch.ones(score.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
@@ -51,6 +49,17 @@ class ReferenceLayer(nn.Module):
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary positions of x [B, heads, S, D] by their definition: elements i and i + D/2 are one complex number, turned
+    by position * theta^(-2i/D) (Su et al., RoFormer, arXiv 2104.09864)."""
+    sequence, size = x.shape[-2:]
+    frequency = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angle = torch.arange(sequence, dtype=torch.float64).unsqueeze(1) * frequency
+    z = torch.complex(x[..., : size // 2], x[..., size // 2 :])
+    turned = z * torch.polar(torch.ones_like(angle), angle).to(z.dtype)
+    return torch.cat((turned.real, turned.imag), dim=-1)
 
 
 class ReferenceDecoder(nn.Module):

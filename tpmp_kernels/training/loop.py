@@ -44,9 +44,7 @@ def _run(config: Config, resume: Path | None, device: str) -> None:
     reference = None
     if exact:
         reference, verdicts = _prove(config, corpus, metrics.losses, exact)
-    _say(
-        draw_losses(folder / "loss.png", metrics.losses, reference, metrics.validation, corpus.unigram_entropy),
-    )
+    _say(draw_losses(folder / "loss.png", metrics.losses, reference, metrics.validation, corpus.unigram_entropy))
     metrics.close()
     _say(f"everything is in {folder}/; continue with: tpmp train --resume {folder}")
     if exact and not all(v.equal for v in verdicts):

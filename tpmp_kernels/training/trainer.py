@@ -76,7 +76,7 @@ class Trainer:
         norm, began = square_norm.item() ** 0.5, time.perf_counter()
         self.optimizer.step(step, norm)
         end = time.perf_counter()
-        self.events = [*result.events, Event("opt", self.layout.pp.rank, step, began, end)]
+        self.events = [*result.events, Event("opt", self.layout.pp.rank, None, began, end)]
         return self._stats(loss.item(), norm, end - start, exposed, result.waited + idle)
 
     @torch.no_grad()
