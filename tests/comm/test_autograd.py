@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tpmp_kernels.comm import autograd
-from tpmp_kernels.comm.communicator import communicator
+from tpmp_kernels.comm import autograd, communicator
 
 
 def run_copy():

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tpmp_kernels.comm.communicator import SelfCommunicator, communicator
+from tpmp_kernels.comm import SelfCommunicator, communicator
 from tpmp_kernels.models import Decoder, ModelConfig, ReferenceDecoder, initialize
 from tpmp_kernels.tensor_parallel import placement_of, take_shard
 

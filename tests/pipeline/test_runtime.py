@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tpmp_kernels.comm.communicator import SelfCommunicator, communicator
+from tpmp_kernels.comm import SelfCommunicator, communicator
 from tpmp_kernels.errors import ScheduleError
 from tpmp_kernels.pipeline.runtime import Runtime
 from tpmp_kernels.pipeline.schedules import build

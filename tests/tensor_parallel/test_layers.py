@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tpmp_kernels.comm.communicator import SelfCommunicator, communicator
+from tpmp_kernels.comm import SelfCommunicator, communicator
 from tpmp_kernels.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tpmp_kernels.comm.communicator import Communicator, communicator
+from tpmp_kernels.comm import Communicator, communicator
 from tpmp_kernels.training.config import Config
 
 
