@@ -39,5 +39,6 @@ def test_the_model_example_runs(tmp_path, monkeypatch):
 
 
 def test_pictures_and_files_that_it_names_exist():
-    for path in re.findall(r"\]\(([^)]+)\)", TEXT) + re.findall(r"`((?:examples|benchmarks|tests)/[\w/.]+)`", TEXT):
+    quoted = re.findall(r"`((?:examples|benchmarks|tests|docs)/[\w/.]+)`", TEXT)
+    for path in [*re.findall(r"\]\(([^)]+)\)", TEXT), *quoted]:
         assert (ROOT / path).exists(), path

@@ -3,7 +3,9 @@
 TPMP_EXT=require        a missing or stale compiled extension is an error (CI), at build and at import
 TPMP_TRANSPORT=NAME     shm | process_group: overrides the communicator's own choice
 TPMP_OPS=NAME           triton | cpu | reference: overrides the choice of ops by device
-TPMP_LAUNCHER           internal: the launcher's word to its own fork server (training/lifeline.py)
+TPMP_BUILD_JOBS=N       compilers at a time while the extension is built, by default one a core (setup.py)
+TPMP_LAUNCHER           internal: the launcher's word to its own fork server, which reads it as it starts
+                        (training/lifeline.py)
 """
 
 import os
