@@ -22,8 +22,9 @@ LEVELS = {
 }  # fmt: skip
 
 STANDARD_LIBRARY_ONLY = [
-    "pipeline/__init__.py", "pipeline/schedule.py", "pipeline/schedules", "pipeline/lowering.py",
-    "pipeline/rendezvous.py", "pipeline/validate.py", "pipeline/draw.py",
+    "pipeline/__init__.py", "pipeline/schedule.py", "pipeline/schedules", "pipeline/costs.py",
+    "pipeline/messages.py", "pipeline/lowering.py", "pipeline/rendezvous.py", "pipeline/validate.py",
+    "pipeline/draw.py",
     "errors.py", "env.py", "__init__.py", "kernels/tiles.py",
 ]  # fmt: skip
 

@@ -44,7 +44,7 @@ def run_pipeline(schedule: str, microbatches: int):
     with communicator(dist.group.WORLD, name="pp") as comm:
         module = layers(comm.size)[comm.rank]
         stage = Counted(module, loss=squared_error if comm.rank == comm.size - 1 else None)
-        plan = build(schedule, stages=comm.size, microbatches=microbatches)
+        plan = build(schedule, ranks=comm.size, microbatches=microbatches)
         runtime = Runtime(plan, {comm.rank: stage}, comm, shape=(ROWS, WIDTH), dtype=torch.float32)
         inputs, targets = data(microbatches)
         first = runtime.step(inputs, targets, loss_scale=0.5)
@@ -70,7 +70,7 @@ def one_process(stages: int, microbatches: int):
 @pytest.mark.parametrize("size", [2, 4])
 def test_losses_and_gradients_are_those_of_one_process_bitwise(ranks, size, schedule, microbatches):
     losses, grads = one_process(size, microbatches)
-    report = validate(build(schedule, stages=size, microbatches=microbatches))
+    report = validate(build(schedule, ranks=size, microbatches=microbatches))
     results = ranks(size).run(run_pipeline, schedule, microbatches)
     for rank, (first, second, ours, peak, live, events) in enumerate(results):
         assert [*first, *second] == (losses if rank == size - 1 else [])
@@ -82,7 +82,7 @@ def test_losses_and_gradients_are_those_of_one_process_bitwise(ranks, size, sche
 def run_forward_only():
     with communicator(dist.group.WORLD, name="pp") as comm, torch.no_grad():
         stage = Stage(layers(comm.size)[comm.rank], loss=squared_error if comm.rank == comm.size - 1 else None)
-        plan = build("forward-only", stages=comm.size, microbatches=4)
+        plan = build("forward-only", ranks=comm.size, microbatches=4)
         result = Runtime(plan, {comm.rank: stage}, comm, shape=(ROWS, WIDTH), dtype=torch.float32).step(*data(4))
         return result.losses, stage.live
 
@@ -95,7 +95,7 @@ def test_forward_only_keeps_no_activations(ranks):
 
 def run_disagreeing():
     with communicator(dist.group.WORLD, name="pp") as comm:
-        plan = build("1f1b", stages=2, microbatches=8 - comm.rank)
+        plan = build("1f1b", ranks=2, microbatches=8 - comm.rank)
         Runtime(plan, {}, comm, shape=(1,), dtype=torch.float32)
 
 
@@ -108,7 +108,7 @@ def test_ranks_that_disagree_about_the_schedule_are_told_before_the_first_step(r
 def test_one_rank_runs_a_schedule_alone():
     model = nn.Sequential(*layers(1))
     runtime = Runtime(
-        build("1f1b", stages=1, microbatches=3),
+        build("1f1b", ranks=1, microbatches=3),
         {0: Stage(model, loss=squared_error)},
         SelfCommunicator(),
         shape=(ROWS, WIDTH),

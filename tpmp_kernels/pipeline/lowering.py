@@ -1,10 +1,13 @@
 """From a schedule to programs: the transfers between the compute actions, in an order that cannot deadlock."""
 
-from collections import defaultdict, deque
+from collections import deque
 from dataclasses import dataclass
 
 from tpmp_kernels.errors import ScheduleError
-from tpmp_kernels.pipeline.schedule import Action, Kind, Schedule, Transfer
+from tpmp_kernels.pipeline import messages
+from tpmp_kernels.pipeline.schedule import Action, Group, Kind, Schedule, Transfer
+
+Step = Action | Transfer | Group
 
 
 @dataclass(frozen=True)
@@ -12,10 +15,10 @@ class Lowered:
     """`programs[rank]`: the compute actions of `schedule` in their order, with the transfers between them."""
 
     schedule: Schedule
-    programs: tuple[tuple[Action | Transfer, ...], ...]
+    programs: tuple[tuple[Step, ...], ...]
 
 
-def lower(schedule: Schedule) -> Lowered:
+def lower(schedule: Schedule, *, group: bool = False) -> Lowered:
     """Add the transfers. Stages on the same rank hand over without one.
 
     Around its compute i a rank runs RECV_WAIT for i, compute i, SEND_WAIT of earlier messages to the same peer,
@@ -32,39 +35,51 @@ def lower(schedule: Schedule) -> Lowered:
       that execution has reached its receive. So they finish by construction wherever the compute orders can, also for
       orders such as interleaved zero-bubble, where a fixed limit of one message in flight deadlocks.
 
+    A joint step counts as one compute with two inputs; its F's output leaves before its B starts, and no wait stands
+    within it. With `group`, a SEND_POST of i and a RECV_POST for i + 2 start in one call where the waits of both can
+    stand together before compute i + 2. That halves the launches of a transport whose calls are kernels; the send then
+    has one compute to complete, so it is for links where that is enough.
+
     Raises ScheduleError where the compute orders themselves wait in a circle or for something that is never computed.
     """
-    return Lowered(schedule, _Lowering(schedule).run())
-
-
-# A message is (payload, producing stage, microbatch); a channel holds those from one rank to another, as they are sent.
-_Message = tuple[str, int, int]
-# What an action consumes or produces, and the other rank where it is another.
-_Ends = tuple[_Message | None, int | None]
+    return Lowered(schedule, _Lowering(schedule, group).run())
 
 
 class _Lowering:
-    def __init__(self, schedule: Schedule):
-        self.schedule = schedule
-        ranks = range(schedule.ranks)
-        self.programs: list[list[Action | Transfer]] = [[] for _ in ranks]
-        self.position = [0 for _ in ranks]
-        self.inputs = [[_input(schedule, rank, action) for action in schedule.actions[rank]] for rank in ranks]
-        self.outputs = [[_output(schedule, rank, action) for action in schedule.actions[rank]] for rank in ranks]
-        self.made: set[_Message] = set()
-        self.posted: set[_Message] = set()  # receives
-        self.in_flight: list[dict[int, deque[_Message]]] = [defaultdict(deque) for _ in ranks]
-        self.channels: dict[tuple[int, int], deque[_Message]] = defaultdict(deque)
-        for rank in ranks:
-            for message, peer in self.outputs[rank]:
-                if peer is not None:
-                    self.channels[rank, peer].append(message)
+    """`made` and `posted` (receives), by message, say how far the execution is that the programs are written along."""
 
-    def run(self) -> tuple[tuple[Action | Transfer, ...], ...]:
+    def __init__(self, schedule: Schedule, group: bool):
+        self.schedule, self.group = schedule, group
+        ranks = range(schedule.ranks)
+        self.routes = messages.routes(schedule)
+        self.programs: list[list[Step]] = [[] for _ in ranks]
+        self.position = [0 for _ in ranks]
+        self.ahead = [0 for _ in ranks]  # the first action whose receive is not posted yet
+        self.made = bytearray(2 * schedule.stages * schedule.microbatches)
+        self.posted = bytearray(len(self.made))
+        self.in_flight: list[dict[int, deque[tuple[int, Transfer]]]] = [{} for _ in ranks]
+        self.channels = self._channels()
+        # By received message: the send posted right before its receive, and where; and where groups begin.
+        self.candidates: list[dict[int, tuple[int, int, int]]] = [{} for _ in ranks]
+        self.groups: list[list[int]] = [[] for _ in ranks]
+
+    def _channels(self) -> list[dict[int, deque[tuple[int, str, int, int]]]]:
+        """[receiver][sender]: the messages (number, payload, stage, microbatch) in the order in which they are sent."""
+        channels = [{} for _ in range(self.schedule.ranks)]
+        for rank, actions in enumerate(self.schedule.actions):
+            for kind, stage, microbatch in actions:
+                _, _, target, receiver = self.routes[kind][stage]
+                if receiver is not None:
+                    payload = "F" if kind is Kind.F else "B"
+                    channel = channels[receiver].setdefault(rank, deque())
+                    channel.append((target + microbatch, payload, stage, microbatch))
+        return channels
+
+    def run(self) -> tuple[tuple[Step, ...], ...]:
         todo = [rank for rank, actions in enumerate(self.schedule.actions) if actions]
         for rank in todo:
-            self._post_receives(rank, 0)
-            self._post_receives(rank, 1)
+            self._post_receives(rank)
+            self._post_receives(rank)
         while todo:
             ready = [rank for rank in todo if self._ready(rank)]
             if not ready:
@@ -72,62 +87,113 @@ class _Lowering:
             for rank in ready:
                 self._step(rank)
             todo = [rank for rank in todo if self.position[rank] < len(self.schedule.actions[rank])]
-        for rank, program in enumerate(self.programs):
-            for peer, messages in self.in_flight[rank].items():
-                program.extend(Transfer(Kind.SEND_WAIT, *message, peer) for message in messages)
-        return tuple(map(tuple, self.programs))
+        for program, in_flight in zip(self.programs, self.in_flight, strict=True):
+            program.extend(wait for sends in in_flight.values() for _, wait in sends)
+        return tuple(map(_with_groups, self.programs, self.groups))
+
+    def _unit(self, rank: int, position: int) -> tuple[Action, ...]:
+        """What is computed as one from there on: one action, or the two of a joint step."""
+        actions = self.schedule.actions[rank]
+        action = actions[position]
+        return actions[position + 1 : position + 3] if action.kind is Kind.PAIR else (action,)
 
     def _ready(self, rank: int) -> bool:
-        message, _ = self.inputs[rank][self.position[rank]]
-        return message is None or message in self.made
+        for kind, stage, microbatch in self._unit(rank, self.position[rank]):
+            source = self.routes[kind][stage].source
+            if source is not None and not self.made[source + microbatch]:
+                return False
+        return True
 
     def _step(self, rank: int) -> None:
-        program, position = self.programs[rank], self.position[rank]
-        source, sender = self.inputs[rank][position]
-        if sender is not None:
-            program.append(Transfer(Kind.RECV_WAIT, *source, sender))
-        program.append(self.schedule.actions[rank][position])
-        message, peer = self.outputs[rank][position]
-        self.made.add(message)
-        if peer is not None:
-            in_flight = self.in_flight[rank][peer]
-            while in_flight and in_flight[0] in self.posted:
-                program.append(Transfer(Kind.SEND_WAIT, *in_flight.popleft(), peer))
-            in_flight.append(message)
-            program.append(Transfer(Kind.SEND_POST, *message, peer))
-        self._post_receives(rank, position + 2)
-        self.position[rank] = position + 1
+        program, unit = self.programs[rank], self._unit(rank, self.position[rank])
+        for action in unit:
+            kind, stage, microbatch = action
+            source, sender, _, _ = self.routes[kind][stage]
+            if sender is not None:
+                payload, producer = ("F", stage - 1) if kind is Kind.F else ("B", stage + 1)
+                program.append(Transfer(Kind.RECV_WAIT, payload, producer, microbatch, sender))
+                if self.group:
+                    self._wait_together(rank, source + microbatch)
+        if len(unit) == 2:
+            for action in unit:
+                self._wait_sends(rank, self.routes[action.kind][action.stage].receiver)
+            program.append(self.schedule.actions[rank][self.position[rank]])
+        for action in unit:
+            self._compute(rank, action, joint=len(unit) == 2)
+        self.position[rank] += 1 if len(unit) == 1 else 3
+        self._post_receives(rank)
 
-    def _post_receives(self, rank: int, position: int) -> None:
-        """Post what the action at `position` needs, and before it everything that the same peer sends earlier."""
-        message, peer = self.inputs[rank][position] if position < len(self.inputs[rank]) else (None, None)
-        if peer is None or message in self.posted:
+    def _compute(self, rank: int, action: Action, *, joint: bool) -> None:
+        kind, stage, microbatch = action
+        program = self.programs[rank]
+        program.append(action)
+        _, _, target, receiver = self.routes[kind][stage]
+        if target is not None:
+            self.made[target + microbatch] = 1
+        if receiver is not None:
+            if not joint:
+                self._wait_sends(rank, receiver)
+            payload = "F" if kind is Kind.F else "B"
+            wait = Transfer(Kind.SEND_WAIT, payload, stage, microbatch, receiver)
+            self.in_flight[rank].setdefault(receiver, deque()).append((target + microbatch, wait))
+            program.append(Transfer(Kind.SEND_POST, payload, stage, microbatch, receiver))
+
+    def _wait_sends(self, rank: int, receiver: int | None) -> None:
+        """For the messages to that rank whose receives are posted."""
+        sends = self.in_flight[rank].get(receiver)
+        while sends and self.posted[sends[0][0]]:
+            self.programs[rank].append(sends.popleft()[1])
+
+    def _post_receives(self, rank: int) -> None:
+        """Post what the next unit needs whose receives are not posted, and before it what the peer sends earlier."""
+        if self.ahead[rank] >= len(self.schedule.actions[rank]):
             return
-        channel = self.channels[peer, rank]
-        while channel:
-            first = channel.popleft()
-            self.posted.add(first)
-            self.programs[rank].append(Transfer(Kind.RECV_POST, *first, peer))
-            if first == message:
-                return
+        unit, program, begin = self._unit(rank, self.ahead[rank]), self.programs[rank], len(self.programs[rank])
+        self.ahead[rank] += 1 if len(unit) == 1 else 3
+        for kind, stage, microbatch in unit:
+            source, sender, _, _ = self.routes[kind][stage]
+            if sender is None or self.posted[source + microbatch]:
+                continue
+            channel = self.channels[rank].get(sender)
+            while channel:
+                message, *which = channel.popleft()
+                self.posted[message] = 1
+                program.append(Transfer(Kind.RECV_POST, *which, sender))
+                if message == source + microbatch:
+                    break
+        if self.group and len(unit) == 1 and len(program) == begin + 1 and begin:
+            self._remember_candidate(rank, unit[0], begin - 1)
+
+    def _remember_candidate(self, rank: int, action: Action, at: int) -> None:
+        before = self.programs[rank][at]
+        if type(before) is Transfer and before.kind is Kind.SEND_POST:
+            sent = self.in_flight[rank][before.peer][-1][0]
+            received = self.routes[action.kind][action.stage].source + action.microbatch
+            self.candidates[rank][received] = (sent, before.peer, at)
+
+    def _wait_together(self, rank: int, received: int) -> None:
+        """After the RECV_WAIT of that message: the SEND_WAIT of the send posted with it, if it can be waited for."""
+        sent, peer, at = self.candidates[rank].pop(received, (None, None, None))
+        sends = self.in_flight[rank].get(peer)
+        if sends and sends[0][0] == sent and self.posted[sent]:
+            self.programs[rank].append(sends.popleft()[1])
+            self.groups[rank].append(at)
 
     def _stuck(self, rank: int) -> str:
-        (payload, stage, _), _ = self.inputs[rank][self.position[rank]]
-        action = self.schedule.actions[rank][self.position[rank]]
-        return f"rank {rank} waits at {action} for {payload} of stage {stage} of rank {self.schedule.placement[stage]}"
+        for action in self._unit(rank, self.position[rank]):
+            kind, stage, microbatch = action
+            source = self.routes[kind][stage].source
+            if source is not None and not self.made[source + microbatch]:
+                payload, producer = ("F", stage - 1) if kind is Kind.F else ("B", stage + 1)
+                holder = self.schedule.placement[producer]
+                return f"rank {rank} waits at {action} for {payload} of stage {producer} of rank {holder}"
+        raise AssertionError(f"rank {rank} is not stuck")
 
 
-def _input(schedule: Schedule, rank: int, action: Action) -> _Ends:
-    source = schedule.source(action)
-    if source is None:
-        return None, None
-    sender = schedule.placement[source[1]]
-    return (*source, action.microbatch), None if sender == rank else sender
-
-
-def _output(schedule: Schedule, rank: int, action: Action) -> _Ends:
-    target = schedule.target(action)
-    if target is None:
-        return None, None
-    receiver = schedule.placement[target[1]]
-    return (target[0], action.stage, action.microbatch), None if receiver == rank else receiver
+def _with_groups(program: list[Step], begins: list[int]) -> tuple[Step, ...]:
+    """The program with a GROUP mark in front of each of those pairs of posts."""
+    parts, last = [], 0
+    for begin in sorted(begins):
+        parts += [*program[last:begin], Group(Kind.GROUP, 2)]
+        last = begin
+    return (*parts, *program[last:])

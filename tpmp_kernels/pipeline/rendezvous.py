@@ -2,117 +2,149 @@
 
 One linear pass is a proof because every step names its message and its peer, so a rank has no choice and a message has
 one sender and one receiver. All executions then reach the same end, and one that finishes with no buffering at all
-(a message moves only when both ends have posted) finishes under any buffering (Siegel and Avrunin, 2005).
+(a message moves only when both ends have posted) finishes under any buffering (Siegel and Avrunin, 2005). The whole
+argument is in docs/schedules.md.
 """
 
-from collections import defaultdict
-from itertools import permutations, zip_longest
-from typing import NamedTuple
+from itertools import zip_longest
 
 from tpmp_kernels.errors import ScheduleError
+from tpmp_kernels.pipeline import messages
 from tpmp_kernels.pipeline.lowering import Lowered
-from tpmp_kernels.pipeline.schedule import Action, Kind, Schedule, Transfer
+from tpmp_kernels.pipeline.schedule import Action, Group, Kind, Transfer
 
 # What has happened to a message, as bits.
 _MADE, _SENT, _RECEIVING, _ARRIVED, _FREED = 1, 2, 4, 8, 16
 _ALL = _MADE | _SENT | _RECEIVING | _ARRIVED | _FREED
 
-
-class _Rule(NamedTuple):
-    """A transfer step is refused before `needs` and after `sets`, and stops its rank until `awaits`."""
-
-    sends: bool
-    needs: int
-    awaits: int
-    sets: int
-
-
-_RULES = {
-    Kind.SEND_POST: _Rule(True, needs=_MADE, awaits=0, sets=_SENT),
-    Kind.SEND_WAIT: _Rule(True, needs=_SENT, awaits=_RECEIVING, sets=_FREED),
-    Kind.RECV_POST: _Rule(False, needs=0, awaits=0, sets=_RECEIVING),
-    Kind.RECV_WAIT: _Rule(False, needs=_RECEIVING, awaits=_SENT, sets=_ARRIVED),
+# A transfer step is refused before `needs` and after `sets`, and stops its rank until `awaits`.
+_RULES = {  # kind: (sends, needs, awaits, sets)
+    Kind.SEND_POST: (True, _MADE, 0, _SENT),
+    Kind.SEND_WAIT: (True, _SENT, _RECEIVING, _FREED),
+    Kind.RECV_POST: (False, 0, 0, _RECEIVING),
+    Kind.RECV_WAIT: (False, _RECEIVING, _SENT, _ARRIVED),
 }
 
 
 class Rendezvous:
     """Carries out a lowered schedule without any buffering: a rank stops at a wait until its peer has posted.
 
-    Each step is executed once, and a stopped rank is looked at again only when the one post that it waits for is
-    reached, so the pass is linear. Messages are numbered: first those of payload F, then those of payload B, each by
-    producing stage and microbatch.
+    The posts of a GROUP are one operation: a wait for one of them stops until the other ends of all have posted.
+    Each step is executed once, and a stopped rank is looked at again only when the post that it waits for is reached,
+    so the pass is linear. Messages go by their numbers (messages.py).
     """
 
     def __init__(self, lowered: Lowered):
         self.schedule, self.programs = lowered.schedule, lowered.programs
-        ranks = range(self.schedule.ranks)
-        self.first = _first_messages(self.schedule)
+        self.routes = messages.routes(self.schedule)
         self.state = bytearray(2 * self.schedule.stages * self.schedule.microbatches)
         self.stopped: dict[int, int] = {}  # message -> the rank that waits for its other end
-        self.position = [0 for _ in ranks]
-        self.posts = [(defaultdict(list), defaultdict(list)) for _ in ranks]  # [rank][sends][peer] -> messages
+        self.position = [0] * self.schedule.ranks
+        # By rank and (kind, payload, stage, peer): the message of microbatch 0, what the step is, and the posts so far.
+        self.table: list[dict[tuple, tuple]] = [{} for _ in range(self.schedule.ranks)]
+        self.channels: dict[tuple[int, int], tuple[list[int], list[int]]] = {}  # (sender, receiver) -> sent, received
+        self._fill_table()
+        self.groups: list[dict[int, list[tuple[int, int]]]] = [{} for _ in range(self.schedule.ranks)]
+
+    def _fill_table(self) -> None:
+        """An entry for each step that the placement has."""
+        for payload, kind in (("F", Kind.F), ("B", Kind.B)):
+            for stage, (_, _, message, receiver) in enumerate(self.routes[kind]):
+                if receiver is None:
+                    continue
+                sender = self.schedule.placement[stage]
+                posts = self.channels.setdefault((sender, receiver), ([], []))
+                for step, (sends, *rule) in _RULES.items():
+                    rank, peer = (sender, receiver) if sends else (receiver, sender)
+                    self.table[rank][step, payload, stage, peer] = (message, *rule, posts[not sends])
 
     def run(self) -> int:
-        """The number of messages."""
+        """The number of messages between ranks."""
         self.ready = list(range(self.schedule.ranks))
         while self.ready:
             self._advance(self.ready.pop())
         self._check_finished()
         self._check_order()
         self._check_waited()
-        return sum(len(order) for _, sent in self.posts for order in sent.values())
+        return sum(len(sent) for sent, _ in self.channels.values())
 
     def _advance(self, rank: int) -> None:
         """Run a rank until it stops. One flat loop: it is most of the time of the whole proof."""
-        program, first, posts = self.programs[rank], self.first[rank], self.posts[rank]
-        state, stopped, rules, microbatches = self.state, self.stopped, _RULES, self.schedule.microbatches
+        program, table, groups = self.programs[rank], self.table[rank], self.groups[rank]
+        state, stopped, microbatches = self.state, self.stopped, self.schedule.microbatches
         for position in range(self.position[rank], len(program)):
             step = program[position]
             if type(step) is Action:
+                if step.kind is Kind.PAIR:
+                    self._check_joint(rank, position)
                 self._compute(rank, step)
                 continue
+            if type(step) is Group:
+                self._open_group(rank, position)
+                continue
             kind, payload, stage, microbatch, peer = step
-            sends, needs, awaits, sets = rules[kind]
-            message = first[sends].get((payload, stage, peer))
-            if message is None or not 0 <= microbatch < microbatches:
+            entry = table.get((kind, payload, stage, peer))
+            if entry is None or not 0 <= microbatch < microbatches:
                 raise self._error(rank, step, f"with rank {peer}, but the placement has no such message")
-            message += microbatch
+            first, needs, awaits, sets, posts = entry
+            message = first + microbatch
             now = state[message]
             if now & (needs | sets) != needs:
-                fault = "a second time" if now & sets else "before it is computed or posted"
-                raise self._error(rank, step, fault)
+                raise self._error(rank, step, "a second time" if now & sets else "before it is computed or posted")
             if not awaits:
-                posts[sends][peer].append(message)
+                posts.append(message)
                 if message in stopped:
                     self.ready.append(stopped.pop(message))
-            elif not now & awaits:
-                stopped[message] = rank
-                self.position[rank] = position
-                return
+            else:
+                missing = message if not now & awaits else self._missing(groups, message) if groups else None
+                if missing is not None:
+                    stopped[missing] = rank
+                    self.position[rank] = position
+                    return
             state[message] = now | sets
         self.position[rank] = len(program)
 
     def _compute(self, rank: int, action: Action) -> None:
-        schedule = self.schedule
-        source = schedule.source(action)
+        source, sender, target, _ = self.routes[action.kind][action.stage]
         if source is not None:
-            message = _number(schedule, *source, action.microbatch)
-            there = _MADE if schedule.placement[source[1]] == rank else _ARRIVED
-            if not self.state[message] & there:
-                raise self._error(rank, action, f"before {self._name(message)} is there")
-        if action.kind is not Kind.W:
-            payload = "F" if action.kind is Kind.F else "B"
-            self.state[_number(schedule, payload, action.stage, action.microbatch)] |= _MADE
+            message = source + action.microbatch
+            if not self.state[message] & (_MADE if sender is None else _ARRIVED):
+                name = messages.name(self.schedule, message)
+                raise self._error(rank, action, f"before {name} is there")
+        if target is not None:
+            self.state[target + action.microbatch] |= _MADE
 
-    def _error(self, rank: int, step: Action | Transfer, fault: str) -> ScheduleError:
+    def _check_joint(self, rank: int, position: int) -> None:
+        """Both inputs of a joint step are there before it: no wait stands between its mark and its backward."""
+        for step in self.programs[rank][position + 1 :]:
+            if type(step) is Action and step.kind is not Kind.F:
+                return
+            if step.kind in (Kind.RECV_WAIT, Kind.SEND_WAIT):
+                raise self._error(rank, step, "within a joint step; wait before its PAIR")
+
+    def _open_group(self, rank: int, position: int) -> None:
+        """Note the members of the group: messages, each with the bit that its other end sets."""
+        program, (_, posts) = self.programs[rank], self.programs[rank][position]
+        members, steps = [], program[position + 1 : position + 1 + max(posts, 0)]
+        for step in steps:
+            entry = self.table[rank].get((step.kind, *step[1:3], step[-1])) if type(step) is Transfer else None
+            if entry is not None and not entry[2]:
+                other = _SENT if entry[3] == _RECEIVING else _RECEIVING
+                members.append((entry[0] + step.microbatch, other))
+        if posts < 2 or len(members) != posts:
+            raise self._error(rank, program[position], f"with {len(members)} posts of this rank behind it")
+        for message, _ in members:
+            self.groups[rank][message] = members
+
+    def _missing(self, groups: dict[int, list[tuple[int, int]]], message: int) -> int | None:
+        """A message of the same group whose other end has not posted."""
+        for member, other in groups.get(message, ()):
+            if not self.state[member] & other:
+                return member
+        return None
+
+    def _error(self, rank: int, step: Action | Transfer | Group, fault: str) -> ScheduleError:
         return ScheduleError(f"{self.schedule.name}: rank {rank} reaches {step} {fault}")
-
-    def _name(self, message: int | None) -> str:
-        if message is None:
-            return "nothing"
-        column, microbatch = divmod(message, self.schedule.microbatches)
-        payload, stage = divmod(column, self.schedule.stages)
-        return f"{'FB'[payload]} of stage {stage}, microbatch {microbatch}"
 
     def _check_finished(self) -> None:
         stuck = [
@@ -125,34 +157,18 @@ class Rendezvous:
 
     def _check_order(self) -> None:
         """Both ends of a pair of ranks post the same messages in the same order, as transports without tags need."""
-        for sender, receiver in permutations(range(self.schedule.ranks), 2):
-            sent, received = self.posts[sender][True].get(receiver, ()), self.posts[receiver][False].get(sender, ())
+        for (sender, receiver), (sent, received) in self.channels.items():
             if sent != received:
                 ours, theirs = next((s, r) for s, r in zip_longest(sent, received) if s != r)
                 raise ScheduleError(
-                    f"{self.schedule.name}: rank {sender} sends {self._name(ours)} "
-                    f"where rank {receiver} receives {self._name(theirs)}"
+                    f"{self.schedule.name}: rank {sender} sends {messages.name(self.schedule, ours)} "
+                    f"where rank {receiver} receives {messages.name(self.schedule, theirs)}"
                 )
 
     def _check_waited(self) -> None:
-        for message, state in enumerate(self.state):
-            if state not in (0, _MADE, _ALL):
-                at, kind = ("sender", Kind.SEND_WAIT) if state & _ARRIVED else ("receiver", Kind.RECV_WAIT)
-                raise ScheduleError(f"{self.schedule.name}: the {at} never reaches {kind} of {self._name(message)}")
-
-
-def _number(schedule: Schedule, payload: str, stage: int, microbatch: int) -> int:
-    return ((payload == "B") * schedule.stages + stage) * schedule.microbatches + microbatch
-
-
-def _first_messages(schedule: Schedule) -> list[tuple[dict, dict]]:
-    """[rank][sends]: (payload, producing stage, peer) -> the message of microbatch 0, for all that crosses ranks."""
-    first = [({}, {}) for _ in range(schedule.ranks)]
-    for stage, rank in enumerate(schedule.placement):
-        for kind in (Kind.F, Kind.B):
-            target = schedule.target(Action(kind, stage, 0))
-            if target and schedule.placement[target[1]] != rank:
-                peer, number = schedule.placement[target[1]], _number(schedule, target[0], stage, 0)
-                first[rank][True][target[0], stage, peer] = number
-                first[peer][False][target[0], stage, rank] = number
-    return first
+        if not set(self.state) - {0, _MADE, _ALL}:
+            return
+        message, state = next((m, s) for m, s in enumerate(self.state) if s not in (0, _MADE, _ALL))
+        at, kind = ("sender", Kind.SEND_WAIT) if state & _ARRIVED else ("receiver", Kind.RECV_WAIT)
+        name = messages.name(self.schedule, message)
+        raise ScheduleError(f"{self.schedule.name}: the {at} never reaches {kind} of {name}")

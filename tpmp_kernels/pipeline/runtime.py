@@ -53,6 +53,7 @@ class Runtime:
         validate(lowered)
         _compare_digest(schedule, comm)
         self.schedule, self.stages, self.comm = schedule, stages, comm
+        _check_executable(schedule)
         self._program = lowered.programs[comm.rank]
         self._empty = lambda: torch.empty(shape, dtype=dtype, device=device)
         self._verbs = {
@@ -126,6 +127,15 @@ class Runtime:
 
     def _record(self, action: Action, start: float) -> None:
         self._events.append(Event(action.kind.name, action.stage, action.microbatch, start, time.perf_counter()))
+
+
+def _check_executable(schedule: Schedule) -> None:
+    kinds = {action.kind for actions in schedule.actions for action in actions} - {Kind.F, Kind.BW}
+    if kinds:
+        raise ScheduleError(
+            f"the runtime computes F and BW, but schedule {schedule.name} has {', '.join(sorted(kinds))}; "
+            "choose one without, such as 1f1b"
+        )
 
 
 def _value(transfer: Transfer) -> Value:

@@ -2,26 +2,21 @@
 
 A `Schedule` says which rank holds which stage and, for each rank, the order of its compute actions:
 
-    F    forward of one stage on one microbatch
-    B    its input gradient alone        W    its weight gradient alone        BW    both in one go
+    F     forward of one stage on one microbatch
+    B     its input gradient alone        W    its weight gradient alone        BW    both in one go
+    PAIR  a joint step: the F and the B or BW that follow it directly may run together, to hide communication, so both
+          of their inputs must be there before; one after the other wherever there is nothing to hide. Its own stage
+          and microbatch are those of the F.
 
-`lowering.lower` adds the transfers and gives one straight line of steps for each rank, which the validator proves and
-the runtime carries out without knowing any schedule by name.
-
-Two forms of the field need no further type. A joint step of an F and a B is written as the F directly followed by
-the B, because one after the other is what it means wherever there is no communication to hide; a runtime that can
-overlap them is told so by a mark in front of the two, an Action of one more kind (PAIR, with the stage and microbatch
-of the F). Transfers to be posted together (a group call of NCCL) are those posts that stand next to each other.
+`lowering.lower` adds the transfers and gives one straight line of steps for each rank, which the validator proves, the
+simulator times, and the runtime carries out without knowing any schedule by name. files.py reads and writes schedules.
 """
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
-
-from tpmp_kernels.errors import ScheduleError
 
 
 class Kind(StrEnum):
@@ -29,12 +24,14 @@ class Kind(StrEnum):
     B = "B"
     W = "W"
     BW = "BW"
+    PAIR = "PAIR"
     # The steps of a transfer. A post never blocks; a wait blocks until both ends have posted, and after SEND_WAIT the
     # sender's buffer is free again.
     RECV_POST = "RECV_POST"
     RECV_WAIT = "RECV_WAIT"
     SEND_POST = "SEND_POST"
     SEND_WAIT = "SEND_WAIT"
+    GROUP = "GROUP"
 
     __hash__ = str.__hash__  # as dictionary keys, three times as fast as the enum's own
 
@@ -64,6 +61,16 @@ class Transfer(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.payload} of stage {self.stage}, microbatch {self.microbatch}"
+
+
+class Group(NamedTuple):
+    """The next `posts` steps are posts that start in one call, and none of them is complete before all of them are."""
+
+    kind: Kind
+    posts: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.posts} posts"
 
 
 class Event(NamedTuple):
@@ -105,7 +112,7 @@ class Schedule:
         """(payload, producing stage) of what the action consumes from another stage; None where it needs nothing."""
         if action.kind == Kind.F:
             return ("F", action.stage - 1) if action.stage > 0 else None
-        if action.kind == Kind.W or action.stage == self.stages - 1:
+        if action.kind in (Kind.W, Kind.PAIR) or action.stage == self.stages - 1:
             return None
         return "B", action.stage + 1
 
@@ -113,40 +120,12 @@ class Schedule:
         """(payload, consuming stage) of what the action produces for another stage; None where nobody needs it."""
         if action.kind == Kind.F:
             return ("F", action.stage + 1) if action.stage < self.stages - 1 else None
-        if action.kind == Kind.W or action.stage == 0:
+        if action.kind in (Kind.W, Kind.PAIR) or action.stage == 0:
             return None
         return "B", action.stage - 1
 
     def digest(self) -> str:
         """16 hex digits over everything. Ranks compare it before use: two schedules between them would hang."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
-
-    def to_json(self) -> str:
-        fields = {
-            "name": self.name,
-            "placement": self.placement,
-            "microbatches": self.microbatches,
-            "backward": self.backward,
-            "actions": [" ".join(f"{a.stage}{a.kind}{a.microbatch}" for a in rank) for rank in self.actions],
-        }
-        return json.dumps(fields)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Schedule":
-        """Raises ScheduleError for text that `to_json` cannot have written; whether it can run, `validate` says."""
-        try:
-            fields = json.loads(text)
-            fields["placement"] = tuple(map(int, fields["placement"]))
-            fields["actions"] = tuple(tuple(map(_parse, line.split())) for line in fields["actions"])
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ScheduleError(
-                f"schedule from JSON: {type(error).__name__}: {error}; expected what Schedule.to_json writes"
-            ) from error
-
-
-def _parse(word: str) -> Action:
-    match = re.fullmatch(r"(\d+)(F|BW|B|W)(\d+)", word)
-    if match is None:
-        raise ValueError(f"{word!r} is no action such as 0F3 or 2BW0 (stage, kind, microbatch)")
-    return Action(Kind(match[2]), int(match[1]), int(match[3]))
+        orders = [" ".join(f"{stage}{kind}{m}" for kind, stage, m in actions) for actions in self.actions]
+        everything = [self.name, self.placement, self.microbatches, self.backward, orders]
+        return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]

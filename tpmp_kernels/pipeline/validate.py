@@ -1,22 +1,26 @@
 """The proof that a schedule runs: it cannot deadlock, loses and repeats nothing, and stays within its memory.
 
-Each rank's own order is checked here; that the ranks fit together, in rendezvous.py.
+Each rank's own order is checked here; that the ranks fit together, in rendezvous.py. Why this is a proof for all
+timings and all buffer sizes stands in docs/schedules.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product, zip_longest
+from itertools import zip_longest
 
 from tpmp_kernels.errors import ScheduleError
 from tpmp_kernels.pipeline.lowering import Lowered, lower
 from tpmp_kernels.pipeline.rendezvous import Rendezvous
 from tpmp_kernels.pipeline.schedule import Action, Kind, Schedule
 from tpmp_kernels.pipeline.schedules import SCHEDULES
+from tpmp_kernels.pipeline.schedules import peak_live as closed_form
 
 
 @dataclass(frozen=True)
 class Report:
     """What the proof counted.
 
+    actions: computes over all ranks; joint steps count as their two. messages: between ranks.
     `peak_live[rank]`: the most (stage, microbatch) activations held at once, from F to the weight gradient.
     """
 
@@ -25,25 +29,34 @@ class Report:
     peak_live: tuple[int, ...]
 
 
-def validate(plan: Schedule | Lowered) -> Report:
+def validate(plan: Schedule | Lowered, *, tensor_parallel: Sequence[Lowered] = ()) -> Report:
     """Prove a schedule (lowered here) or a lowered one. Linear in its steps.
+
+    tensor_parallel: what the other tensor-parallel ranks of the same stages run, where these come from elsewhere.
 
     Raises ScheduleError, in one sentence with rank, stage and microbatch, unless
 
     - every F, and every B and W (or BW) where the schedule has backwards, runs exactly once, on the rank that holds
       the stage, F before B before W, and gradients add up in increasing microbatch order (the same bits everywhere);
+    - every PAIR is followed by an F and a backward, with all that they need there before;
     - no rank holds more activations than the closed form of the named schedule allows;
     - every message is posted once and waited for once at each end, after it was produced and before it is consumed,
-      both ends post in the same order, and everything finishes without any buffering.
+      both ends post in the same order, and everything finishes without any buffering, posts of a group as one;
+    - the tensor-parallel ranks of a stage run the same steps, so that the collectives within their computes meet in
+      the same order.
     """
     schedule = plan.schedule if isinstance(plan, Lowered) else plan
     _check_shape(schedule)
-    found, peak_live = zip(*(_check_actions(schedule, rank) for rank in range(schedule.ranks)), strict=True)
-    _check_complete(schedule, sum(found))
+    progress = bytearray(schedule.stages * schedule.microbatches)
+    peak_live = tuple(_check_actions(schedule, rank, progress) for rank in range(schedule.ranks))
+    _check_complete(schedule, progress)
     lowered = plan if isinstance(plan, Lowered) else lower(schedule)
     _check_same_actions(lowered)
     messages = Rendezvous(lowered).run()
-    return Report(sum(map(len, schedule.actions)), messages, peak_live)
+    for other in tensor_parallel:
+        _check_same_steps(lowered, other)
+    actions = sum(action.kind is not Kind.PAIR for actions in schedule.actions for action in actions)
+    return Report(actions, messages, peak_live)
 
 
 def _check_shape(schedule: Schedule) -> None:
@@ -57,23 +70,35 @@ def _check_shape(schedule: Schedule) -> None:
             raise ScheduleError(f"{schedule.name}: stage {stage} is placed on rank {rank}, but there are {ranks} ranks")
 
 
-def _check_actions(schedule: Schedule, rank: int) -> tuple[int, int]:
-    """All that one rank's own order decides; returns its numbers of F, B and W and its peak of live activations."""
-    done: set[tuple[str, int, int]] = set()
+# How far a microbatch is in a stage: what each kind finds, and what it leaves.
+_FINDS = {Kind.F: 0, Kind.B: 1, Kind.BW: 1, Kind.W: 2}
+_LEAVES = {Kind.F: 1, Kind.B: 2, Kind.BW: 3, Kind.W: 3}
+_BEFORE = {Kind.B: "F", Kind.BW: "F", Kind.W: "B"}
+
+
+def _check_actions(schedule: Schedule, rank: int, progress: bytearray) -> int:
+    """All that one rank's own order decides; returns its peak of live activations. Marks `progress`, by stage and
+    microbatch. One flat loop, for it sees every action."""
+    placement, microbatches, backward = schedule.placement, schedule.microbatches, schedule.backward
     newest = [-1] * schedule.stages
     live = peak = 0
-    for action in schedule.actions[rank]:
+    for position, action in enumerate(schedule.actions[rank]):
         kind, stage, microbatch = action
-        _check_place(schedule, rank, action)
-        for part in kind:
-            if (part, stage, microbatch) in done:
-                raise _fault(schedule, rank, action, "a second time")
-            if part != "F" and (_BEFORE[part], stage, microbatch) not in done:
-                raise _fault(schedule, rank, action, f"before its {_BEFORE[part]}")
-            done.add((part, stage, microbatch))
+        if not (0 <= stage < len(placement) and 0 <= microbatch < microbatches and placement[stage] == rank):
+            raise _misplaced(schedule, rank, action)
+        if kind is Kind.PAIR:
+            _check_pair(schedule, rank, position)
+            continue
+        at = stage * microbatches + microbatch
+        if progress[at] != _FINDS[kind]:
+            again = progress[at] > _FINDS[kind]
+            raise _fault(schedule, rank, action, "a second time" if again else f"before its {_BEFORE[kind]}")
+        progress[at] = _LEAVES[kind]
         if kind is Kind.F:
-            live += schedule.backward
+            live += backward
             peak = max(peak, live, 1)
+        elif not backward:
+            raise _fault(schedule, rank, action, "but the schedule is forward only")
         elif kind is not Kind.B:
             live -= 1
             if microbatch < newest[stage]:
@@ -81,21 +106,24 @@ def _check_actions(schedule: Schedule, rank: int) -> tuple[int, int]:
                 raise _fault(schedule, rank, action, text)
             newest[stage] = microbatch
     _check_memory(schedule, rank, peak)
-    return len(done), peak
+    return peak
 
 
-_BEFORE = {"B": "F", "W": "B"}
-
-
-def _check_place(schedule: Schedule, rank: int, action: Action) -> None:
+def _misplaced(schedule: Schedule, rank: int, action: Action) -> ScheduleError:
     if not (0 <= action.stage < schedule.stages and 0 <= action.microbatch < schedule.microbatches):
         text = f"outside of {schedule.stages} stages and {schedule.microbatches} microbatches"
-        raise _fault(schedule, rank, action, text)
-    if schedule.placement[action.stage] != rank:
+    else:
         text = f"but rank {schedule.placement[action.stage]} holds that stage"
-        raise _fault(schedule, rank, action, text)
-    if action.kind is not Kind.F and not schedule.backward:
-        raise _fault(schedule, rank, action, "but the schedule is forward only")
+    return _fault(schedule, rank, action, text)
+
+
+def _check_pair(schedule: Schedule, rank: int, position: int) -> None:
+    pair, *step = schedule.actions[rank][position : position + 3]
+    if len(step) != 2 or step[0] != (Kind.F, *pair[1:]) or step[1].kind not in (Kind.B, Kind.BW):
+        got = " and ".join(map(str, step)) or "nothing"
+        raise _fault(schedule, rank, pair, f"followed by {got}; expected that F and then a B or BW")
+    if step[0][1:] == step[1][1:]:
+        raise _fault(schedule, rank, pair, "whose B needs its own F; expected two different ones")
 
 
 def _fault(schedule: Schedule, rank: int, action: Action, text: str) -> ScheduleError:
@@ -103,29 +131,26 @@ def _fault(schedule: Schedule, rank: int, action: Action, text: str) -> Schedule
 
 
 def _check_memory(schedule: Schedule, rank: int, peak: int) -> None:
-    """The closed form counts ranks as stages, so it speaks of schedules that hold stage s on rank s, as built."""
-    if schedule.name not in SCHEDULES or schedule.placement != tuple(range(schedule.ranks)):
+    """Where the schedule has a name that we know, and the placement that goes with it."""
+    entry, ranks = SCHEDULES.get(schedule.name), schedule.ranks
+    chunks = schedule.stages // ranks
+    if entry is None or schedule.placement != entry.placement(ranks, chunks) or entry.chunks not in (None, chunks):
         return
-    bound = SCHEDULES[schedule.name].peak_live(rank, schedule.stages, schedule.microbatches)
+    bound = closed_form(schedule.name, rank, ranks=ranks, microbatches=schedule.microbatches, chunks=chunks)
     if peak > bound:
         raise ScheduleError(
-            f"{schedule.name}: rank {rank} holds {peak} live microbatches at once, more than the {bound} of "
-            f"{schedule.stages} stages and {schedule.microbatches} microbatches"
+            f"{schedule.name}: rank {rank} holds {peak} activations at once, more than the {bound} of "
+            f"{ranks} ranks, {schedule.stages} stages and {schedule.microbatches} microbatches"
         )
 
 
-def _check_complete(schedule: Schedule, found: int) -> None:
-    """The `found` F, B and W are known to differ and to be in place, so their number decides whether one is missing."""
-    parts = "FBW" if schedule.backward else "F"
-    if found == len(parts) * schedule.stages * schedule.microbatches:
+def _check_complete(schedule: Schedule, progress: bytearray) -> None:
+    done = 3 if schedule.backward else 1
+    if progress.count(done) == len(progress):
         return
-    there = {(part, stage, m) for actions in schedule.actions for kind, stage, m in actions for part in kind}
-    part, stage, m = next(
-        each for each in product(parts, range(schedule.stages), range(schedule.microbatches)) if each not in there
-    )
-    raise ScheduleError(
-        f"{schedule.name}: rank {schedule.placement[stage]} never computes {part} of stage {stage}, microbatch {m}"
-    )
+    stage, m = divmod(next(i for i, each in enumerate(progress) if each != done), schedule.microbatches)
+    part, rank = "FBW"[progress[stage * schedule.microbatches + m]], schedule.placement[stage]
+    raise ScheduleError(f"{schedule.name}: rank {rank} never computes {part} of stage {stage}, microbatch {m}")
 
 
 def _check_same_actions(lowered: Lowered) -> None:
@@ -138,4 +163,15 @@ def _check_same_actions(lowered: Lowered) -> None:
             got, want = next((g, w) for g, w in zip_longest(computes, actions) if g != w)
             raise ScheduleError(
                 f"{schedule.name}: rank {rank} computes {got or 'nothing'} where the schedule has {want or 'nothing'}"
+            )
+
+
+def _check_same_steps(lowered: Lowered, other: Lowered) -> None:
+    name = lowered.schedule.name
+    for rank, (ours, theirs) in enumerate(zip_longest(lowered.programs, other.programs, fillvalue=())):
+        if ours != theirs:
+            mine, got = next((m, g) for m, g in zip_longest(ours, theirs) if m != g)
+            raise ScheduleError(
+                f"{name}: tensor-parallel ranks of rank {rank} differ: {mine or 'nothing'} on one where another has "
+                f"{got or 'nothing'}; their collectives would not meet: give all of them one schedule"
             )

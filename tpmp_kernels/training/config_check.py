@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tpmp_kernels.errors import UsageError
-from tpmp_kernels.pipeline.schedules import SCHEDULES
+from tpmp_kernels.pipeline.schedule import Kind
+from tpmp_kernels.pipeline.schedules import SCHEDULES, build
 from tpmp_kernels.training.config import STDLIB, Config
 
 
@@ -94,8 +95,12 @@ def _check_parallel(config: Config) -> None:
 
 
 def schedule_names() -> list[str]:
-    """The schedules that a config can name."""
-    return [name for name in SCHEDULES if name != "forward-only"]  # that one is for validation: it has no backward
+    """The schedules that a config can name: those with backwards, of one stage on each rank, without B and W apart."""
+    return [name for name, entry in SCHEDULES.items() if entry.chunks == 1 and _kinds(name) == {Kind.F, Kind.BW}]
+
+
+def _kinds(name: str) -> set[Kind]:
+    return {action.kind for actions in build(name, ranks=2, microbatches=2).actions for action in actions}
 
 
 def _value(config: Config, name: str) -> Any:

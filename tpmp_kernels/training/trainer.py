@@ -52,7 +52,7 @@ class Trainer:
         stage = Stage(self.model, loss=self.model.loss if self.model.last else None)
         shape = (training.batch // parallel.microbatches, self.config.data.sequence, self.config.model.hidden)
         return Runtime(
-            build(schedule, stages=parallel.pp, microbatches=parallel.microbatches),
+            build(schedule, ranks=parallel.pp, microbatches=parallel.microbatches),
             {self.layout.pp.rank: stage},
             self.layout.pp,
             shape=shape,

@@ -8,10 +8,10 @@ rank 2         F0 F1 F2 F3
 from tpmp_kernels.pipeline.schedule import Action, Kind, Schedule
 
 
-def build(stages: int, microbatches: int) -> Schedule:
-    actions = tuple(tuple(Action(Kind.F, stage, i) for i in range(microbatches)) for stage in range(stages))
-    return Schedule("forward-only", tuple(range(stages)), microbatches, actions, backward=False)
+def build(ranks: int, microbatches: int) -> Schedule:
+    actions = tuple(tuple(Action(Kind.F, stage, i) for i in range(microbatches)) for stage in range(ranks))
+    return Schedule("forward-only", tuple(range(ranks)), microbatches, actions, backward=False)
 
 
-def peak_live(rank: int, stages: int, microbatches: int) -> int:
+def peak_live(rank: int, ranks: int, microbatches: int) -> int:
     return 1

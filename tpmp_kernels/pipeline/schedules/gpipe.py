@@ -11,14 +11,14 @@ them reversed: gradients then add up in the same order, to the same bits, as in 
 from tpmp_kernels.pipeline.schedule import Action, Kind, Schedule
 
 
-def build(stages: int, microbatches: int) -> Schedule:
+def build(ranks: int, microbatches: int) -> Schedule:
     def order(stage: int):
         yield from (Action(Kind.F, stage, i) for i in range(microbatches))
         yield from (Action(Kind.BW, stage, i) for i in range(microbatches))
 
-    actions = tuple(tuple(order(stage)) for stage in range(stages))
-    return Schedule("gpipe", tuple(range(stages)), microbatches, actions)
+    actions = tuple(tuple(order(stage)) for stage in range(ranks))
+    return Schedule("gpipe", tuple(range(ranks)), microbatches, actions)
 
 
-def peak_live(rank: int, stages: int, microbatches: int) -> int:
+def peak_live(rank: int, ranks: int, microbatches: int) -> int:
     return microbatches

@@ -12,18 +12,18 @@ The bubble of GPipe, but stage s keeps at most p - s microbatches in memory, how
 from tpmp_kernels.pipeline.schedule import Action, Kind, Schedule
 
 
-def build(stages: int, microbatches: int) -> Schedule:
+def build(ranks: int, microbatches: int) -> Schedule:
     def order(stage: int):
-        warm_up = min(microbatches, stages - 1 - stage)
+        warm_up = min(microbatches, ranks - 1 - stage)
         yield from (Action(Kind.F, stage, i) for i in range(warm_up))
         for i in range(warm_up, microbatches):
             yield Action(Kind.F, stage, i)
             yield Action(Kind.BW, stage, i - warm_up)
         yield from (Action(Kind.BW, stage, i) for i in range(microbatches - warm_up, microbatches))
 
-    actions = tuple(tuple(order(stage)) for stage in range(stages))
-    return Schedule("1f1b", tuple(range(stages)), microbatches, actions)
+    actions = tuple(tuple(order(stage)) for stage in range(ranks))
+    return Schedule("1f1b", tuple(range(ranks)), microbatches, actions)
 
 
-def peak_live(rank: int, stages: int, microbatches: int) -> int:
-    return min(microbatches, stages - rank)
+def peak_live(rank: int, ranks: int, microbatches: int) -> int:
+    return min(microbatches, ranks - rank)
