@@ -16,7 +16,7 @@ from mutants import mutate_schedule, mutate_transfers, runs_right
 
 from tpmp_kernels.errors import ScheduleError
 from tpmp_kernels.pipeline.lowering import Lowered, lower
-from tpmp_kernels.pipeline.schedule import Action, Kind, Schedule, Transfer
+from tpmp_kernels.pipeline.schedule import Action, Group, Kind, Schedule, Transfer
 from tpmp_kernels.pipeline.schedules import SCHEDULES, build, peak_live
 from tpmp_kernels.pipeline.validate import Report, validate
 
@@ -278,3 +278,94 @@ def test_largest_1f1b_is_proved_in_linear_time():
     print(f"\nvalidate: 64 stages x 64 microbatches {small:.3f} s, x 256 {large:.3f} s (bar 0.2 s)")
     assert large < 8 * small, "four times the steps took more than eight times the time"
     assert large < 1.0, "five times the bar, since test machines are shared"
+
+
+def two_ranks(first: list[tuple], second: list[tuple], name: str = "mine") -> Schedule:
+    """A V of four stages on two ranks, two microbatches."""
+    return Schedule(name, (0, 1, 1, 0), 2, tuple(tuple(Action(*each) for each in order) for order in (first, second)))
+
+
+V_FIRST = [(F, 0, 0), (F, 0, 1), (F, 3, 0), (BW, 3, 0), (F, 3, 1), (BW, 3, 1), (BW, 0, 0), (BW, 0, 1)]
+V_SECOND = [(F, 1, 0), (F, 2, 0), (F, 1, 1), (F, 2, 1), (BW, 2, 0), (BW, 1, 0), (BW, 2, 1), (BW, 1, 1)]
+
+
+def test_a_joint_step_has_its_inputs_before_it_and_sends_in_between():
+    joint = [*V_SECOND[:2], (Kind.PAIR, 1, 1), (F, 1, 1), (BW, 2, 0), (F, 2, 1), *V_SECOND[5:]]
+    lowered = lower(two_ranks(V_FIRST, joint))
+    assert validate(lowered).messages == 8
+    words = [f"{step.kind} {step.stage} {step.microbatch}" for step in lowered.programs[1]]
+    at = words.index("PAIR 1 1")
+    assert words[at - 2 : at + 3] == ["RECV_WAIT 0 1", "RECV_WAIT 3 0", "PAIR 1 1", "F 1 1", "BW 2 0"]
+
+
+@pytest.mark.parametrize(
+    "joint, message",
+    [
+        ([(Kind.PAIR, 1, 1), (F, 1, 1), (F, 2, 0)], "PAIR of stage 1, microbatch 1 followed by F of stage 1, micr"),
+        ([(Kind.PAIR, 1, 0), (F, 1, 1), (BW, 2, 0)], "expected that F and then a B or BW"),
+        ([(Kind.PAIR, 1, 1)], "followed by nothing; expected that F and then a B or BW"),
+        ([(Kind.PAIR, 1, 1), (F, 1, 1), (BW, 1, 1)], "whose B needs its own F; expected two different ones"),
+        ([(Kind.PAIR, 3, 0)], "PAIR of stage 3, microbatch 0 but rank 0 holds that stage"),
+    ],
+)
+def test_faulty_joint_steps_are_named(joint, message):
+    with pytest.raises(ScheduleError, match=message):
+        validate(two_ranks(V_FIRST, [*V_SECOND[:2], *joint]))
+
+
+def test_a_joint_step_that_waits_within_is_refused():
+    joint = [*V_SECOND[:2], (Kind.PAIR, 1, 1), (F, 1, 1), (BW, 2, 0), (F, 2, 1), *V_SECOND[5:]]
+    first, program = lower(two_ranks(V_FIRST, joint)).programs
+    at = next(i for i, step in enumerate(program) if step.kind is Kind.PAIR)
+    late = (*program[: at - 1], *program[at : at + 2], program[at - 1], *program[at + 2 :])
+    with pytest.raises(ScheduleError, match="within a joint step; wait before its PAIR"):
+        validate(Lowered(two_ranks(V_FIRST, joint), (first, late)))
+
+
+def test_grouping_halves_the_calls_of_steady_1f1b():
+    """Every post of the middle rank of three stands in a group, but for those of warm-up and drain."""
+    program = lower(build("1f1b", ranks=3, microbatches=64), group=True).programs[1]
+    posts = sum(step.kind in (Kind.SEND_POST, Kind.RECV_POST) for step in program)
+    groups = sum(isinstance(step, Group) for step in program)
+    assert posts == 4 * 64
+    assert groups >= 2 * 64 - 6
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_group_that_couples_what_must_not_wait_for_each_other_deadlocks(grouped):
+    """GPipe on two ranks: rank 1 answers microbatch 0 only after microbatch 1, which rank 0 sends after its wait."""
+    schedule = build("gpipe", ranks=2, microbatches=2)
+
+    def step(kind: Kind, payload: str, microbatch: int) -> Transfer:
+        return Transfer(kind, payload, 0 if payload == "F" else 1, microbatch, 1)
+
+    first = (
+        *(Action(F, 0, 0), Group(Kind.GROUP, 2), step(Kind.SEND_POST, "F", 0), step(Kind.RECV_POST, "B", 0)),
+        *(step(Kind.SEND_WAIT, "F", 0), Action(F, 0, 1), step(Kind.SEND_POST, "F", 1), step(Kind.RECV_POST, "B", 1)),
+        *(step(Kind.RECV_WAIT, "B", 0), Action(BW, 0, 0), step(Kind.RECV_WAIT, "B", 1), Action(BW, 0, 1)),
+        step(Kind.SEND_WAIT, "F", 1),
+    )
+    second = lower(schedule).programs[1]
+    if not grouped:
+        alone = tuple(each for each in first if not isinstance(each, Group))
+        assert validate(Lowered(schedule, (alone, second))).messages == 4
+        return
+    assert not runs_right(Lowered(schedule, (first, second)))
+    with pytest.raises(ScheduleError, match="gpipe deadlocks: rank 0 waits at SEND_WAIT of F of stage 0, microbatch 0"):
+        validate(Lowered(schedule, (first, second)))
+
+
+def test_groups_of_something_else_are_refused():
+    lowered = lower(build("1f1b", ranks=2, microbatches=2))
+    first, second = lowered.programs
+    with pytest.raises(ScheduleError, match="reaches GROUP of 5 posts with 2 posts of this rank behind it"):
+        validate(Lowered(lowered.schedule, (first, (Group(Kind.GROUP, 5), *second))))
+
+
+def test_tensor_parallel_ranks_must_run_the_same_steps():
+    schedule = build("1f1b", ranks=2, microbatches=3)
+    assert validate(lower(schedule), tensor_parallel=[lower(schedule)] * 3)
+    with pytest.raises(
+        ScheduleError, match=r"tensor-parallel ranks of rank 0 differ: .* their collectives would not meet"
+    ):
+        validate(lower(schedule), tensor_parallel=[lower(schedule), lower(build("gpipe", ranks=2, microbatches=3))])

@@ -1,7 +1,8 @@
 """From a schedule to programs: the transfers between the compute actions, in an order that cannot deadlock."""
 
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
+from functools import partial
 
 from tpmp_kernels.errors import ScheduleError
 from tpmp_kernels.pipeline import messages
@@ -45,6 +46,10 @@ def lower(schedule: Schedule, *, group: bool = False) -> Lowered:
     return Lowered(schedule, _Lowering(schedule, group).run())
 
 
+# Transfer(...) without its Python-level constructor, which would be a quarter of the time of lowering.
+_transfer = partial(tuple.__new__, Transfer)
+
+
 class _Lowering:
     """`made` and `posted` (receives), by message, say how far the execution is that the programs are written along."""
 
@@ -57,22 +62,22 @@ class _Lowering:
         self.ahead = [0 for _ in ranks]  # the first action whose receive is not posted yet
         self.made = bytearray(2 * schedule.stages * schedule.microbatches)
         self.posted = bytearray(len(self.made))
-        self.in_flight: list[dict[int, deque[tuple[int, Transfer]]]] = [{} for _ in ranks]
+        self.in_flight: list[dict[int, deque[tuple[int, tuple]]]] = [defaultdict(deque) for _ in ranks]
         self.channels = self._channels()
         # By received message: the send posted right before its receive, and where; and where groups begin.
         self.candidates: list[dict[int, tuple[int, int, int]]] = [{} for _ in ranks]
         self.groups: list[list[int]] = [[] for _ in ranks]
 
-    def _channels(self) -> list[dict[int, deque[tuple[int, str, int, int]]]]:
-        """[receiver][sender]: the messages (number, payload, stage, microbatch) in the order in which they are sent."""
+    def _channels(self) -> list[dict[int, deque[Action]]]:
+        """[receiver][sender]: the actions whose output is sent, in the order in which it is."""
         channels = [{} for _ in range(self.schedule.ranks)]
         for rank, actions in enumerate(self.schedule.actions):
-            for kind, stage, microbatch in actions:
-                _, _, target, receiver = self.routes[kind][stage]
+            for action in actions:
+                receiver = self.routes[action[0]][action[1]][3]
                 if receiver is not None:
-                    payload = "F" if kind is Kind.F else "B"
-                    channel = channels[receiver].setdefault(rank, deque())
-                    channel.append((target + microbatch, payload, stage, microbatch))
+                    if rank not in channels[receiver]:
+                        channels[receiver][rank] = deque()
+                    channels[receiver][rank].append(action)
         return channels
 
     def run(self) -> tuple[tuple[Step, ...], ...]:
@@ -81,88 +86,112 @@ class _Lowering:
             self._post_receives(rank)
             self._post_receives(rank)
         while todo:
-            ready = [rank for rank in todo if self._ready(rank)]
+            ready = [rank for rank in todo if self._missing(rank) is None]
             if not ready:
                 raise ScheduleError(f"{self.schedule.name} deadlocks: {'; '.join(map(self._stuck, todo))}")
             for rank in ready:
                 self._step(rank)
             todo = [rank for rank in todo if self.position[rank] < len(self.schedule.actions[rank])]
         for program, in_flight in zip(self.programs, self.in_flight, strict=True):
-            program.extend(wait for sends in in_flight.values() for _, wait in sends)
+            program.extend(_transfer((Kind.SEND_WAIT, *which)) for sends in in_flight.values() for _, which in sends)
         return tuple(map(_with_groups, self.programs, self.groups))
 
-    def _unit(self, rank: int, position: int) -> tuple[Action, ...]:
-        """What is computed as one from there on: one action, or the two of a joint step."""
-        actions = self.schedule.actions[rank]
+    def _missing(self, rank: int) -> Action | None:
+        """What the rank cannot compute yet, if it is next or part of the joint step that is next."""
+        actions, position = self.schedule.actions[rank], self.position[rank]
         action = actions[position]
-        return actions[position + 1 : position + 3] if action.kind is Kind.PAIR else (action,)
+        kind, stage, microbatch = action
+        if kind is Kind.PAIR:
+            return next((each for each in actions[position + 1 : position + 3] if not self._fed(each)), None)
+        source = self.routes[kind][stage][0]
+        return None if source is None or self.made[source + microbatch] else action
 
-    def _ready(self, rank: int) -> bool:
-        for kind, stage, microbatch in self._unit(rank, self.position[rank]):
-            source = self.routes[kind][stage].source
-            if source is not None and not self.made[source + microbatch]:
-                return False
-        return True
+    def _fed(self, action: Action) -> bool:
+        source = self.routes[action.kind][action.stage].source
+        return source is None or self.made[source + action.microbatch] == 1
 
     def _step(self, rank: int) -> None:
-        program, unit = self.programs[rank], self._unit(rank, self.position[rank])
-        for action in unit:
-            kind, stage, microbatch = action
-            source, sender, _, _ = self.routes[kind][stage]
-            if sender is not None:
-                payload, producer = ("F", stage - 1) if kind is Kind.F else ("B", stage + 1)
-                program.append(Transfer(Kind.RECV_WAIT, payload, producer, microbatch, sender))
-                if self.group:
-                    self._wait_together(rank, source + microbatch)
-        if len(unit) == 2:
-            for action in unit:
-                self._wait_sends(rank, self.routes[action.kind][action.stage].receiver)
-            program.append(self.schedule.actions[rank][self.position[rank]])
-        for action in unit:
-            self._compute(rank, action, joint=len(unit) == 2)
-        self.position[rank] += 1 if len(unit) == 1 else 3
+        actions, position = self.schedule.actions[rank], self.position[rank]
+        action = actions[position]
+        if action[0] is Kind.PAIR:
+            self._joint(rank, action, actions[position + 1 : position + 3])
+            self.position[rank] = position + 3
+        else:
+            self._wait_receive(rank, action)
+            self.programs[rank].append(action)
+            self._send(rank, action, wait=True)
+            self.position[rank] = position + 1
         self._post_receives(rank)
 
-    def _compute(self, rank: int, action: Action, *, joint: bool) -> None:
+    def _joint(self, rank: int, mark: Action, unit: tuple[Action, ...]) -> None:
+        for action in unit:
+            self._wait_receive(rank, action)
+        for action in unit:
+            self._wait_sends(rank, self.routes[action.kind][action.stage].receiver)
+        self.programs[rank].append(mark)
+        for action in unit:
+            self.programs[rank].append(action)
+            self._send(rank, action, wait=False)
+
+    def _wait_receive(self, rank: int, action: Action) -> None:
         kind, stage, microbatch = action
-        program = self.programs[rank]
-        program.append(action)
+        source, sender, _, _ = self.routes[kind][stage]
+        if sender is not None:
+            which = ("F", stage - 1, microbatch) if kind is Kind.F else ("B", stage + 1, microbatch)
+            self.programs[rank].append(_transfer((Kind.RECV_WAIT, *which, sender)))
+            if self.group:
+                self._wait_together(rank, source + microbatch)
+
+    def _send(self, rank: int, action: Action, *, wait: bool) -> None:
+        """What the action made is there, and on its way if another rank needs it."""
+        kind, stage, microbatch = action
         _, _, target, receiver = self.routes[kind][stage]
         if target is not None:
             self.made[target + microbatch] = 1
         if receiver is not None:
-            if not joint:
+            if wait:
                 self._wait_sends(rank, receiver)
-            payload = "F" if kind is Kind.F else "B"
-            wait = Transfer(Kind.SEND_WAIT, payload, stage, microbatch, receiver)
-            self.in_flight[rank].setdefault(receiver, deque()).append((target + microbatch, wait))
-            program.append(Transfer(Kind.SEND_POST, payload, stage, microbatch, receiver))
+            which = ("F" if kind is Kind.F else "B", stage, microbatch, receiver)
+            self.programs[rank].append(_transfer((Kind.SEND_POST, *which)))
+            self.in_flight[rank][receiver].append((target + microbatch, which))
 
     def _wait_sends(self, rank: int, receiver: int | None) -> None:
         """For the messages to that rank whose receives are posted."""
-        sends = self.in_flight[rank].get(receiver)
-        while sends and self.posted[sends[0][0]]:
-            self.programs[rank].append(sends.popleft()[1])
+        sends, posted = self.in_flight[rank].get(receiver), self.posted
+        while sends and posted[sends[0][0]]:
+            self.programs[rank].append(_transfer((Kind.SEND_WAIT, *sends.popleft()[1])))
 
     def _post_receives(self, rank: int) -> None:
-        """Post what the next unit needs whose receives are not posted, and before it what the peer sends earlier."""
-        if self.ahead[rank] >= len(self.schedule.actions[rank]):
+        """Post what the next action needs whose receive is not posted; for a joint step, what both of its parts do."""
+        actions, ahead = self.schedule.actions[rank], self.ahead[rank]
+        if ahead == len(actions):
             return
-        unit, program, begin = self._unit(rank, self.ahead[rank]), self.programs[rank], len(self.programs[rank])
-        self.ahead[rank] += 1 if len(unit) == 1 else 3
-        for kind, stage, microbatch in unit:
-            source, sender, _, _ = self.routes[kind][stage]
-            if sender is None or self.posted[source + microbatch]:
-                continue
-            channel = self.channels[rank].get(sender)
-            while channel:
-                message, *which = channel.popleft()
-                self.posted[message] = 1
-                program.append(Transfer(Kind.RECV_POST, *which, sender))
-                if message == source + microbatch:
-                    break
-        if self.group and len(unit) == 1 and len(program) == begin + 1 and begin:
-            self._remember_candidate(rank, unit[0], begin - 1)
+        action = actions[ahead]
+        if action[0] is Kind.PAIR:
+            self.ahead[rank] = ahead + 3
+            for each in actions[ahead + 1 : ahead + 3]:
+                self._post_receive(rank, each)
+        else:
+            self.ahead[rank] = ahead + 1
+            before = len(self.programs[rank])
+            self._post_receive(rank, action)
+            if self.group and len(self.programs[rank]) == before + 1 and before:
+                self._remember_candidate(rank, action, before - 1)
+
+    def _post_receive(self, rank: int, action: Action) -> None:
+        """Before it, what the same peer sends earlier."""
+        kind, _, microbatch = action
+        source, sender, _, _ = self.routes[kind][action[1]]
+        if sender is None or self.posted[source + microbatch]:
+            return
+        channel, program = self.channels[rank].get(sender), self.programs[rank]
+        while channel:
+            kind, stage, of = channel.popleft()
+            message = self.routes[kind][stage][2] + of
+            self.posted[message] = 1
+            program.append(_transfer((Kind.RECV_POST, "F" if kind is Kind.F else "B", stage, of, sender)))
+            if message == source + microbatch:
+                return
 
     def _remember_candidate(self, rank: int, action: Action, at: int) -> None:
         before = self.programs[rank][at]
@@ -176,22 +205,20 @@ class _Lowering:
         sent, peer, at = self.candidates[rank].pop(received, (None, None, None))
         sends = self.in_flight[rank].get(peer)
         if sends and sends[0][0] == sent and self.posted[sent]:
-            self.programs[rank].append(sends.popleft()[1])
+            self.programs[rank].append(_transfer((Kind.SEND_WAIT, *sends.popleft()[1])))
             self.groups[rank].append(at)
 
     def _stuck(self, rank: int) -> str:
-        for action in self._unit(rank, self.position[rank]):
-            kind, stage, microbatch = action
-            source = self.routes[kind][stage].source
-            if source is not None and not self.made[source + microbatch]:
-                payload, producer = ("F", stage - 1) if kind is Kind.F else ("B", stage + 1)
-                holder = self.schedule.placement[producer]
-                return f"rank {rank} waits at {action} for {payload} of stage {producer} of rank {holder}"
-        raise AssertionError(f"rank {rank} is not stuck")
+        action = self._missing(rank)
+        payload, producer = ("F", action.stage - 1) if action.kind is Kind.F else ("B", action.stage + 1)
+        holder = self.schedule.placement[producer]
+        return f"rank {rank} waits at {action} for {payload} of stage {producer} of rank {holder}"
 
 
 def _with_groups(program: list[Step], begins: list[int]) -> tuple[Step, ...]:
     """The program with a GROUP mark in front of each of those pairs of posts."""
+    if not begins:
+        return tuple(program)
     parts, last = [], 0
     for begin in sorted(begins):
         parts += [*program[last:begin], Group(Kind.GROUP, 2)]
