@@ -8,6 +8,7 @@ from torch import nn
 from tpmp_kernels.comm import SelfCommunicator, communicator
 from tpmp_kernels.errors import ScheduleError
 from tpmp_kernels.pipeline.runtime import Runtime
+from tpmp_kernels.pipeline.schedule import Action, Kind, Schedule
 from tpmp_kernels.pipeline.schedules import build
 from tpmp_kernels.pipeline.stage import Stage
 from tpmp_kernels.pipeline.validate import validate
@@ -99,8 +100,15 @@ def run_disagreeing():
         Runtime(plan, {}, comm, shape=(1,), dtype=torch.float32)
 
 
-def test_ranks_that_disagree_about_the_schedule_are_told_before_the_first_step(ranks):
-    for outcome in ranks(2).outcomes(run_disagreeing):
+def run_disagreeing_tensor_parallel():
+    with communicator(dist.group.WORLD, name="tp") as tp:
+        plan = build("1f1b", ranks=1, microbatches=8 - tp.rank)
+        Runtime(plan, {}, SelfCommunicator(), shape=(1,), dtype=torch.float32, tensor_parallel=tp)
+
+
+@pytest.mark.parametrize("run", [run_disagreeing, run_disagreeing_tensor_parallel])
+def test_ranks_that_disagree_about_the_schedule_are_told_before_the_first_step(ranks, run):
+    for outcome in ranks(2).outcomes(run):
         assert isinstance(outcome.error, ScheduleError)
         assert "another rank runs a different one" in str(outcome.error)
 
@@ -115,3 +123,9 @@ def test_one_rank_runs_a_schedule_alone():
         dtype=torch.float32,
     )
     assert runtime.step(*data(3)).losses == one_process(1, 3)[0][:3]
+
+
+def test_a_schedule_that_the_runtime_cannot_compute_is_refused():
+    actions = tuple(Action(kind, 0, 0) for kind in (Kind.F, Kind.B, Kind.W))
+    with pytest.raises(ScheduleError, match="the runtime computes F and BW, but schedule mine has B, W; choose one"):
+        Runtime(Schedule("mine", (0,), 1, (actions,)), {}, SelfCommunicator(), shape=(1,), dtype=torch.float32)

@@ -35,6 +35,7 @@ class StepResult:
 class Runtime:
     """Executes `schedule` on this rank's `stages` (by stage number); `comm` is the pipeline group, rank = its rank.
 
+    tensor_parallel: the group that shares each of these stages, if there is one; it must run the same schedule.
     shape, dtype, device: of the activation of one microbatch at every stage border, agreed once. ScheduleError where
     the schedule is not executable or ranks disagree about it.
     """
@@ -48,10 +49,13 @@ class Runtime:
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        tensor_parallel: Communicator | None = None,
     ):
         lowered = lower(schedule)
         validate(lowered)
-        _compare_digest(schedule, comm)
+        for group in (comm, tensor_parallel):
+            if group is not None:
+                _compare_digest(schedule, group)
         self.schedule, self.stages, self.comm = schedule, stages, comm
         _check_executable(schedule)
         self._program = lowered.programs[comm.rank]

@@ -58,6 +58,7 @@ class Trainer:
             shape=shape,
             dtype=dtype,
             device=self.device,
+            tensor_parallel=self.layout.tp,
         )
 
     def step(self, step: int) -> StepStats:
