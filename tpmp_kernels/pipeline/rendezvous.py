@@ -70,14 +70,20 @@ class Rendezvous:
 
     def _advance(self, rank: int) -> None:
         """Run a rank until it stops. One flat loop: it is most of the time of the whole proof."""
-        program, table, groups = self.programs[rank], self.table[rank], self.groups[rank]
+        program, table, groups, routes = self.programs[rank], self.table[rank], self.groups[rank], self.routes
         state, stopped, microbatches = self.state, self.stopped, self.schedule.microbatches
         for position in range(self.position[rank], len(program)):
             step = program[position]
             if type(step) is Action:
-                if step.kind is Kind.PAIR:
+                kind, stage, microbatch = step
+                if kind is Kind.PAIR:
                     self._check_joint(rank, position)
-                self._compute(rank, step)
+                source, sender, target, _ = routes[kind][stage]
+                if source is not None and not state[source + microbatch] & (_MADE if sender is None else _ARRIVED):
+                    name = messages.name(self.schedule, source + microbatch)
+                    raise self._error(rank, step, f"before {name} is there")
+                if target is not None:
+                    state[target + microbatch] |= _MADE
                 continue
             if type(step) is Group:
                 self._open_group(rank, position)
@@ -103,16 +109,6 @@ class Rendezvous:
                     return
             state[message] = now | sets
         self.position[rank] = len(program)
-
-    def _compute(self, rank: int, action: Action) -> None:
-        source, sender, target, _ = self.routes[action.kind][action.stage]
-        if source is not None:
-            message = source + action.microbatch
-            if not self.state[message] & (_MADE if sender is None else _ARRIVED):
-                name = messages.name(self.schedule, message)
-                raise self._error(rank, action, f"before {name} is there")
-        if target is not None:
-            self.state[target + action.microbatch] |= _MADE
 
     def _check_joint(self, rank: int, position: int) -> None:
         """Both inputs of a joint step are there before it: no wait stands between its mark and its backward."""
