@@ -43,106 +43,127 @@ def lower(schedule: Schedule, *, group: bool = False) -> Lowered:
 
     Raises ScheduleError where the compute orders themselves wait in a circle or for something that is never computed.
     """
-    return Lowered(schedule, _Lowering(schedule, group).run())
+    walk = _Walk(schedule, group)
+    todo = [rank for rank in walk.ranks if rank.actions]
+    while todo:
+        ready = [rank for rank in todo if rank.missing() is None]
+        if not ready:
+            raise ScheduleError(f"{schedule.name} deadlocks: {'; '.join(rank.stuck() for rank in todo)}")
+        for rank in ready:
+            rank.step()
+        todo = [rank for rank in todo if rank.position < rank.length]
+    return Lowered(schedule, tuple(rank.finished() for rank in walk.ranks))
 
 
 # Transfer(...) without its Python-level constructor, which would be a quarter of the time of lowering.
 _transfer = partial(tuple.__new__, Transfer)
 
 
-class _Lowering:
-    """`made` and `posted` (receives), by message, say how far the execution is that the programs are written along."""
+class _Walk:
+    """The execution that the programs are written along: `made` and `posted` (receives) say, by message, how far it
+    is."""
 
     def __init__(self, schedule: Schedule, group: bool):
         self.schedule, self.group = schedule, group
-        ranks = range(schedule.ranks)
         self.routes = messages.routes(schedule)
-        self.programs: list[list[Step]] = [[] for _ in ranks]
-        self.position = [0 for _ in ranks]
-        self.ahead = [0 for _ in ranks]  # the first action whose receive is not posted yet
         self.made = bytearray(2 * schedule.stages * schedule.microbatches)
         self.posted = bytearray(len(self.made))
-        self.in_flight: list[dict[int, deque[tuple[int, tuple]]]] = [defaultdict(deque) for _ in ranks]
         self.channels = self._channels()
-        # By received message: the send posted right before its receive, and where; and where groups begin.
-        self.candidates: list[dict[int, tuple[int, int, int]]] = [{} for _ in ranks]
-        self.groups: list[list[int]] = [[] for _ in ranks]
+        self.ranks = [_Rank(self, rank) for rank in range(schedule.ranks)]
 
     def _channels(self) -> list[dict[int, deque[Action]]]:
         """[receiver][sender]: the actions whose output is sent, in the order in which it is."""
-        channels = [{} for _ in range(self.schedule.ranks)]
+        channels = [defaultdict(deque) for _ in range(self.schedule.ranks)]
         for rank, actions in enumerate(self.schedule.actions):
             for action in actions:
                 receiver = self.routes[action[0]][action[1]][3]
                 if receiver is not None:
-                    if rank not in channels[receiver]:
-                        channels[receiver][rank] = deque()
                     channels[receiver][rank].append(action)
         return channels
 
-    def run(self) -> tuple[tuple[Step, ...], ...]:
-        todo = [rank for rank, actions in enumerate(self.schedule.actions) if actions]
-        for rank in todo:
-            self._post_receives(rank)
-            self._post_receives(rank)
-        while todo:
-            ready = [rank for rank in todo if self._missing(rank) is None]
-            if not ready:
-                raise ScheduleError(f"{self.schedule.name} deadlocks: {'; '.join(map(self._stuck, todo))}")
-            for rank in ready:
-                self._step(rank)
-            todo = [rank for rank in todo if self.position[rank] < len(self.schedule.actions[rank])]
-        for program, in_flight in zip(self.programs, self.in_flight, strict=True):
-            program.extend(_transfer((Kind.SEND_WAIT, *which)) for sends in in_flight.values() for _, which in sends)
-        return tuple(map(_with_groups, self.programs, self.groups))
 
-    def _missing(self, rank: int) -> Action | None:
+class _Rank:
+    """One rank of the execution, and its program so far."""
+
+    def __init__(self, walk: _Walk, rank: int):
+        self.rank, self.schedule, self.group = rank, walk.schedule, walk.group
+        self.routes, self.made, self.posted = walk.routes, walk.made, walk.posted
+        self.actions, self.length = walk.schedule.actions[rank], len(walk.schedule.actions[rank])
+        self.channels = walk.channels[rank]  # by sender
+        self.program: list[Step] = []
+        self.position = 0
+        self.ahead = 0  # the first action whose receive is not posted yet
+        self.in_flight: dict[int, deque[tuple[int, Transfer]]] = defaultdict(deque)  # by receiver: message, SEND_WAIT
+        # By received message: the send posted right before its receive, its receiver, and where; where groups begin.
+        self.candidates: dict[int, tuple[int, int, int]] = {}
+        self.groups: list[int] = []
+        self._post_receives()
+        self._post_receives()
+
+    def missing(self) -> Action | None:
         """What the rank cannot compute yet, if it is next or part of the joint step that is next."""
-        actions, position = self.schedule.actions[rank], self.position[rank]
-        action = actions[position]
+        action = self.actions[self.position]
         kind, stage, microbatch = action
         if kind is Kind.PAIR:
-            return next((each for each in actions[position + 1 : position + 3] if not self._fed(each)), None)
+            return next((each for each in self._joint(self.position) if not self._fed(each)), None)
         source = self.routes[kind][stage][0]
         return None if source is None or self.made[source + microbatch] else action
+
+    def step(self) -> None:
+        action = self.actions[self.position]
+        if action[0] is Kind.PAIR:
+            self._step_joint(action)
+            self.position += 3
+        else:
+            self._wait_receive(action)
+            self.program.append(action)
+            self._send(action, wait=True)
+            self.position += 1
+        self._post_receives()
+
+    def finished(self) -> tuple[Step, ...]:
+        """The program, with the waits that are left and a GROUP mark in front of each pair of posts that is one."""
+        self.program.extend(wait for sends in self.in_flight.values() for _, wait in sends)
+        parts, last = [], 0
+        for begin in sorted(self.groups):
+            parts += [*self.program[last:begin], Group(Kind.GROUP, 2)]
+            last = begin
+        return (*parts, *self.program[last:])
+
+    def stuck(self) -> str:
+        action = self.missing()
+        payload, producer = ("F", action.stage - 1) if action.kind is Kind.F else ("B", action.stage + 1)
+        holder = self.schedule.placement[producer]
+        return f"rank {self.rank} waits at {action} for {payload} of stage {producer} of rank {holder}"
+
+    def _joint(self, position: int) -> tuple[Action, ...]:
+        return self.actions[position + 1 : position + 3]
 
     def _fed(self, action: Action) -> bool:
         source = self.routes[action.kind][action.stage].source
         return source is None or self.made[source + action.microbatch] == 1
 
-    def _step(self, rank: int) -> None:
-        actions, position = self.schedule.actions[rank], self.position[rank]
-        action = actions[position]
-        if action[0] is Kind.PAIR:
-            self._joint(rank, action, actions[position + 1 : position + 3])
-            self.position[rank] = position + 3
-        else:
-            self._wait_receive(rank, action)
-            self.programs[rank].append(action)
-            self._send(rank, action, wait=True)
-            self.position[rank] = position + 1
-        self._post_receives(rank)
+    def _step_joint(self, mark: Action) -> None:
+        unit = self._joint(self.position)
+        for action in unit:
+            self._wait_receive(action)
+        for action in unit:
+            self._wait_sends(self.routes[action.kind][action.stage].receiver)
+        self.program.append(mark)
+        for action in unit:
+            self.program.append(action)
+            self._send(action, wait=False)
 
-    def _joint(self, rank: int, mark: Action, unit: tuple[Action, ...]) -> None:
-        for action in unit:
-            self._wait_receive(rank, action)
-        for action in unit:
-            self._wait_sends(rank, self.routes[action.kind][action.stage].receiver)
-        self.programs[rank].append(mark)
-        for action in unit:
-            self.programs[rank].append(action)
-            self._send(rank, action, wait=False)
-
-    def _wait_receive(self, rank: int, action: Action) -> None:
+    def _wait_receive(self, action: Action) -> None:
         kind, stage, microbatch = action
         source, sender, _, _ = self.routes[kind][stage]
         if sender is not None:
-            which = ("F", stage - 1, microbatch) if kind is Kind.F else ("B", stage + 1, microbatch)
-            self.programs[rank].append(_transfer((Kind.RECV_WAIT, *which, sender)))
+            payload, producer = ("F", stage - 1) if kind is Kind.F else ("B", stage + 1)
+            self.program.append(_transfer((Kind.RECV_WAIT, payload, producer, microbatch, sender)))
             if self.group:
-                self._wait_together(rank, source + microbatch)
+                self._wait_together(source + microbatch)
 
-    def _send(self, rank: int, action: Action, *, wait: bool) -> None:
+    def _send(self, action: Action, *, wait: bool) -> None:
         """What the action made is there, and on its way if another rank needs it."""
         kind, stage, microbatch = action
         _, _, target, receiver = self.routes[kind][stage]
@@ -150,41 +171,41 @@ class _Lowering:
             self.made[target + microbatch] = 1
         if receiver is not None:
             if wait:
-                self._wait_sends(rank, receiver)
-            which = ("F" if kind is Kind.F else "B", stage, microbatch, receiver)
-            self.programs[rank].append(_transfer((Kind.SEND_POST, *which)))
-            self.in_flight[rank][receiver].append((target + microbatch, which))
+                self._wait_sends(receiver)
+            payload = "F" if kind is Kind.F else "B"
+            self.program.append(_transfer((Kind.SEND_POST, payload, stage, microbatch, receiver)))
+            wait_step = _transfer((Kind.SEND_WAIT, payload, stage, microbatch, receiver))
+            self.in_flight[receiver].append((target + microbatch, wait_step))
 
-    def _wait_sends(self, rank: int, receiver: int | None) -> None:
+    def _wait_sends(self, receiver: int | None) -> None:
         """For the messages to that rank whose receives are posted."""
-        sends, posted = self.in_flight[rank].get(receiver), self.posted
+        sends, posted = self.in_flight.get(receiver), self.posted
         while sends and posted[sends[0][0]]:
-            self.programs[rank].append(_transfer((Kind.SEND_WAIT, *sends.popleft()[1])))
+            self.program.append(sends.popleft()[1])
 
-    def _post_receives(self, rank: int) -> None:
+    def _post_receives(self) -> None:
         """Post what the next action needs whose receive is not posted; for a joint step, what both of its parts do."""
-        actions, ahead = self.schedule.actions[rank], self.ahead[rank]
-        if ahead == len(actions):
+        if self.ahead >= self.length:
             return
-        action = actions[ahead]
+        action = self.actions[self.ahead]
         if action[0] is Kind.PAIR:
-            self.ahead[rank] = ahead + 3
-            for each in actions[ahead + 1 : ahead + 3]:
-                self._post_receive(rank, each)
+            for each in self._joint(self.ahead):
+                self._post_receive(each)
+            self.ahead += 3
         else:
-            self.ahead[rank] = ahead + 1
-            before = len(self.programs[rank])
-            self._post_receive(rank, action)
-            if self.group and len(self.programs[rank]) == before + 1 and before:
-                self._remember_candidate(rank, action, before - 1)
+            before = len(self.program)
+            self._post_receive(action)
+            self.ahead += 1
+            if self.group and len(self.program) == before + 1 and before:
+                self._remember_candidate(action, before - 1)
 
-    def _post_receive(self, rank: int, action: Action) -> None:
+    def _post_receive(self, action: Action) -> None:
         """Before it, what the same peer sends earlier."""
-        kind, _, microbatch = action
-        source, sender, _, _ = self.routes[kind][action[1]]
+        kind, stage, microbatch = action
+        source, sender, _, _ = self.routes[kind][stage]
         if sender is None or self.posted[source + microbatch]:
             return
-        channel, program = self.channels[rank].get(sender), self.programs[rank]
+        channel, program = self.channels[sender], self.program
         while channel:
             kind, stage, of = channel.popleft()
             message = self.routes[kind][stage][2] + of
@@ -193,34 +214,17 @@ class _Lowering:
             if message == source + microbatch:
                 return
 
-    def _remember_candidate(self, rank: int, action: Action, at: int) -> None:
-        before = self.programs[rank][at]
+    def _remember_candidate(self, action: Action, at: int) -> None:
+        before = self.program[at]
         if type(before) is Transfer and before.kind is Kind.SEND_POST:
-            sent = self.in_flight[rank][before.peer][-1][0]
+            sent = self.in_flight[before.peer][-1][0]
             received = self.routes[action.kind][action.stage].source + action.microbatch
-            self.candidates[rank][received] = (sent, before.peer, at)
+            self.candidates[received] = (sent, before.peer, at)
 
-    def _wait_together(self, rank: int, received: int) -> None:
+    def _wait_together(self, received: int) -> None:
         """After the RECV_WAIT of that message: the SEND_WAIT of the send posted with it, if it can be waited for."""
-        sent, peer, at = self.candidates[rank].pop(received, (None, None, None))
-        sends = self.in_flight[rank].get(peer)
+        sent, peer, at = self.candidates.pop(received, (None, None, None))
+        sends = self.in_flight.get(peer)
         if sends and sends[0][0] == sent and self.posted[sent]:
-            self.programs[rank].append(_transfer((Kind.SEND_WAIT, *sends.popleft()[1])))
-            self.groups[rank].append(at)
-
-    def _stuck(self, rank: int) -> str:
-        action = self._missing(rank)
-        payload, producer = ("F", action.stage - 1) if action.kind is Kind.F else ("B", action.stage + 1)
-        holder = self.schedule.placement[producer]
-        return f"rank {rank} waits at {action} for {payload} of stage {producer} of rank {holder}"
-
-
-def _with_groups(program: list[Step], begins: list[int]) -> tuple[Step, ...]:
-    """The program with a GROUP mark in front of each of those pairs of posts."""
-    if not begins:
-        return tuple(program)
-    parts, last = [], 0
-    for begin in sorted(begins):
-        parts += [*program[last:begin], Group(Kind.GROUP, 2)]
-        last = begin
-    return (*parts, *program[last:])
+            self.program.append(sends.popleft()[1])
+            self.groups.append(at)

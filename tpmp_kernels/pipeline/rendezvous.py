@@ -40,8 +40,8 @@ class Rendezvous:
         self.state = bytearray(2 * self.schedule.stages * self.schedule.microbatches)
         self.stopped: dict[int, int] = {}  # message -> the rank that waits for its other end
         self.position = [0] * self.schedule.ranks
-        # By rank and (kind, payload, stage, peer): the message of microbatch 0, what the step is, and the posts so far.
-        self.table: list[dict[tuple, tuple]] = [{} for _ in range(self.schedule.ranks)]
+        # [rank][kind][stage if payload is F, else ~stage]: peer, message of microbatch 0, rule, posts of the channel.
+        self.table = [{kind: {} for kind in _RULES} for _ in range(self.schedule.ranks)]
         self.channels: dict[tuple[int, int], tuple[list[int], list[int]]] = {}  # (sender, receiver) -> sent, received
         self._fill_table()
         self.groups: list[dict[int, list[tuple[int, int]]]] = [{} for _ in range(self.schedule.ranks)]
@@ -56,7 +56,12 @@ class Rendezvous:
                 posts = self.channels.setdefault((sender, receiver), ([], []))
                 for step, (sends, *rule) in _RULES.items():
                     rank, peer = (sender, receiver) if sends else (receiver, sender)
-                    self.table[rank][step, payload, stage, peer] = (message, *rule, posts[not sends])
+                    self.table[rank][step][stage if payload == "F" else ~stage] = (
+                        peer,
+                        message,
+                        *rule,
+                        posts[not sends],
+                    )
 
     def run(self) -> int:
         """The number of messages between ranks."""
@@ -89,10 +94,10 @@ class Rendezvous:
                 self._open_group(rank, position)
                 continue
             kind, payload, stage, microbatch, peer = step
-            entry = table.get((kind, payload, stage, peer))
-            if entry is None or not 0 <= microbatch < microbatches:
+            entry = table[kind].get(stage if payload == "F" else ~stage)
+            if entry is None or entry[0] != peer or not 0 <= microbatch < microbatches:
                 raise self._error(rank, step, f"with rank {peer}, but the placement has no such message")
-            first, needs, awaits, sets, posts = entry
+            _, first, needs, awaits, sets, posts = entry
             message = first + microbatch
             now = state[message]
             if now & (needs | sets) != needs:
@@ -121,12 +126,13 @@ class Rendezvous:
     def _open_group(self, rank: int, position: int) -> None:
         """Note the members of the group: messages, each with the bit that its other end sets."""
         program, (_, posts) = self.programs[rank], self.programs[rank][position]
-        members, steps = [], program[position + 1 : position + 1 + max(posts, 0)]
-        for step in steps:
-            entry = self.table[rank].get((step.kind, *step[1:3], step[-1])) if type(step) is Transfer else None
-            if entry is not None and not entry[2]:
-                other = _SENT if entry[3] == _RECEIVING else _RECEIVING
-                members.append((entry[0] + step.microbatch, other))
+        members = []
+        for step in program[position + 1 : position + 1 + max(posts, 0)]:
+            if type(step) is Transfer and not _RULES[step.kind][2]:
+                kind, payload, stage, microbatch, _ = step
+                entry = self.table[rank][kind].get(stage if payload == "F" else ~stage)
+                other = _SENT if kind is Kind.RECV_POST else _RECEIVING
+                members.append((entry[1] + microbatch if entry else -1, other))
         if posts < 2 or len(members) != posts:
             raise self._error(rank, program[position], f"with {len(members)} posts of this rank behind it")
         for message, _ in members:
