@@ -24,7 +24,8 @@ LEVELS = {
 STANDARD_LIBRARY_ONLY = [
     "pipeline/__init__.py", "pipeline/schedule.py", "pipeline/schedules", "pipeline/costs.py",
     "pipeline/messages.py", "pipeline/lowering.py", "pipeline/rendezvous.py", "pipeline/validate.py",
-    "pipeline/draw.py",
+    "pipeline/files.py", "pipeline/simulate.py", "pipeline/simulation.py", "pipeline/options.py", "pipeline/summary.py",
+    "pipeline/command.py",
     "errors.py", "env.py", "__init__.py", "kernels/tiles.py",
 ]  # fmt: skip
 

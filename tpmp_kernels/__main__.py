@@ -57,7 +57,7 @@ def _say(prog: str, sentence: str, code: int) -> int:
 
 
 def _help() -> str:
-    lines = [f"  tpmp {name} {each.arguments:<52} {each.summary}" for name, each in COMMANDS.items()]
+    lines = [f"  tpmp {f'{name} {each.arguments}':<60} {each.summary}" for name, each in COMMANDS.items()]
     return "\n".join(["usage: tpmp COMMAND ...", "", *lines, "", "tpmp --version; tpmp COMMAND --help says more"])
 
 
@@ -99,6 +99,12 @@ def _train_arguments(argv: list[str]) -> tuple[Path, Path | None, list[str]]:
     return config, Path(run[0]), rest
 
 
+def _schedule(argv: list[str]) -> None:
+    from tpmp_kernels.pipeline import command
+
+    command.run(argv)
+
+
 @dataclass(frozen=True)
 class Command:
     """A subcommand: `run` takes its arguments. Imports of torch and tyro belong inside `run`."""
@@ -110,6 +116,7 @@ class Command:
 
 COMMANDS = {
     "train": Command("CONFIG.toml | --resume RUN  [--section.key VALUE ...]", "train a model and prove it", _train),
+    "schedule": Command("NAME --pp P --microbatches M  [options]", "prove and draw a pipeline schedule", _schedule),
 }
 
 if __name__ == "__main__":

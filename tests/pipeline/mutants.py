@@ -49,6 +49,8 @@ class _Run:
             raise Wrong("a joint step or a group without its end")
         if any(self.handles) or any(len(self.sends[p]) != len(self.receives[p]) for p in [*self.sends, *self.receives]):
             raise Wrong("a post without its wait or its other end")
+        if any(self.values) and self.schedule.backward:
+            raise Wrong("values that nobody consumed")
         all_microbatches = list(range(self.schedule.microbatches))
         for stage in range(self.schedule.stages):
             if self.schedule.backward and self.gradients[stage] != all_microbatches:

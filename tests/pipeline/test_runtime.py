@@ -67,7 +67,7 @@ def one_process(stages: int, microbatches: int):
 
 
 @pytest.mark.parametrize("microbatches", [1, 3, 8])
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "1f1b-eager"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_losses_and_gradients_are_those_of_one_process_bitwise(ranks, size, schedule, microbatches):
     losses, grads = one_process(size, microbatches)

@@ -116,7 +116,7 @@ def test_whole_numbers_are_numbers():
         ),
         (
             {"parallel__schedule": "1f2b"},
-            "parallel.schedule: expected one of gpipe, 1f1b, got '1f2b'; the nearest known one is '1f1b'",
+            "parallel.schedule: expected one of gpipe, 1f1b, 1f1b-eager, got '1f2b'; the nearest known one is '1f1b'",
         ),
         ({"training__steps": 0}, "training.steps: expected more than 0, got 0"),
         ({"optimizer__lr": float("nan")}, "optimizer.lr: expected more than 0, got nan"),

@@ -21,6 +21,8 @@ class Costs:
     activation: memory of one microbatch on one rank, shared equally by its stages, or a sequence with one number for
     each stage; held from the start of F to the end of the weight gradient. kept: the share of it that is still held
     between B and W, where these are apart.
+
+    Raises ValueError for a number that none of this can be.
     """
 
     F: float | Sequence[float] = 1.0
@@ -34,6 +36,19 @@ class Costs:
     message: float = 0.0
     activation: float | Sequence[float] = 1.0
     kept: float = 1.0
+
+    def __post_init__(self):
+        for name in ("F", "B", "W", "BW", "latency", "message", "activation"):
+            value = getattr(self, name)
+            for each in value if isinstance(value, Sequence) else [value]:
+                if each is not None and not 0 <= each < math.inf:
+                    raise ValueError(f"costs: {name} is {each}; expected a finite number of at least 0")
+        if not self.bandwidth > 0:
+            raise ValueError(f"costs: bandwidth is {self.bandwidth}; expected more than 0, or inf for no limit")
+        if not 0 < self.pair < math.inf:
+            raise ValueError(f"costs: pair is {self.pair}; expected a finite number above 0; 1 hides nothing")
+        if not 0 <= self.kept <= 1:
+            raise ValueError(f"costs: kept is {self.kept}; expected a share from 0 to 1")
 
     def times(self, stages: int, ranks: int) -> dict[Kind, list[float]]:
         """Time of each compute kind on one microbatch, by stage. ValueError where a sequence has another length."""

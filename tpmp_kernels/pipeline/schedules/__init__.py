@@ -12,8 +12,20 @@ from dataclasses import dataclass
 
 from tpmp_kernels.pipeline.costs import Costs
 from tpmp_kernels.pipeline.schedule import Schedule
-from tpmp_kernels.pipeline.schedules import forward_only, gpipe, one_f_one_b
-from tpmp_kernels.pipeline.schedules.placement import looped
+from tpmp_kernels.pipeline.schedules import (
+    dualpipe_v,
+    eager_one_f_one_b,
+    forward_only,
+    gpipe,
+    interleaved_one_f_one_b,
+    one_f_one_b,
+    v_half,
+    v_min,
+    zb_h1,
+    zb_h2,
+    zb_v,
+)
+from tpmp_kernels.pipeline.schedules.placement import folded, looped
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,14 @@ class Entry:
 SCHEDULES = {
     "gpipe": Entry(gpipe.build, gpipe.peak_live),
     "1f1b": Entry(one_f_one_b.build, one_f_one_b.peak_live),
+    "1f1b-eager": Entry(eager_one_f_one_b.build, eager_one_f_one_b.peak_live),
+    "interleaved-1f1b": Entry(interleaved_one_f_one_b.build, interleaved_one_f_one_b.peak_live, chunks=None),
+    "zb-h1": Entry(zb_h1.build, zb_h1.peak_live),
+    "zb-h2": Entry(zb_h2.build, zb_h2.peak_live),
+    "zb-v": Entry(zb_v.build, zb_v.peak_live, chunks=2, placement=folded, fed=True),
+    "v-half": Entry(v_half.build, v_half.peak_live, chunks=2, placement=folded),
+    "v-min": Entry(v_min.build, v_min.peak_live, chunks=2, placement=folded),
+    "dualpipe-v": Entry(dualpipe_v.build, dualpipe_v.peak_live, chunks=2, placement=folded),
     "forward-only": Entry(forward_only.build, forward_only.peak_live),
 }
 

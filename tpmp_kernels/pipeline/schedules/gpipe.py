@@ -1,4 +1,4 @@
-"""GPipe (Huang et al., 2019): all forwards, then all backwards. Three stages, four microbatches:
+"""GPipe (Huang et al., 2019): all forwards, then all backwards. Three ranks, four microbatches:
 
     rank 0   F0 F1 F2 F3             BW0 BW1 BW2 BW3
     rank 1      F0 F1 F2 F3      BW0 BW1 BW2 BW3
@@ -9,15 +9,15 @@ them reversed: gradients then add up in the same order, to the same bits, as in 
 """
 
 from tpmp_kernels.pipeline.schedule import Action, Kind, Schedule
+from tpmp_kernels.pipeline.schedules.orders import each
+from tpmp_kernels.pipeline.schedules.placement import looped
 
 
 def build(ranks: int, microbatches: int) -> Schedule:
-    def order(stage: int):
-        yield from (Action(Kind.F, stage, i) for i in range(microbatches))
-        yield from (Action(Kind.BW, stage, i) for i in range(microbatches))
+    def order(stage: int) -> tuple[Action, ...]:
+        return (*each(Kind.F, stage, range(microbatches)), *each(Kind.BW, stage, range(microbatches)))
 
-    actions = tuple(tuple(order(stage)) for stage in range(ranks))
-    return Schedule("gpipe", tuple(range(ranks)), microbatches, actions)
+    return Schedule("gpipe", looped(ranks), microbatches, tuple(map(order, range(ranks))))
 
 
 def peak_live(rank: int, ranks: int, microbatches: int) -> int:
