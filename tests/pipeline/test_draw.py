@@ -50,6 +50,10 @@ def test_every_event_has_a_box_where_and_as_wide_as_it_was():
     scale = float(forward.get("width")) / 10
     left = float(forward.get("x"))
     ticks = [text.get("x") for text in ET.fromstring(svg).iter(f"{SVG}text") if text.text == "0"]
+    rows = [rect for rect in ET.fromstring(svg).iter(f"{SVG}rect") if rect.get("height") == forward.get("height")]
+    assert (rows[0].get("x"), rows[0].get("y")) == (forward.get("x"), forward.get("y")), (
+        "the first event starts its row"
+    )
     assert float(ticks[-1]) == pytest.approx(left, abs=0.06), "the axis starts where the first box does"
     assert float(backward.get("x")) == pytest.approx(left + 30 * scale, abs=0.02)
     assert float(backward.get("width")) == pytest.approx(20 * scale, abs=0.02)
@@ -91,7 +95,7 @@ def test_bad_events_are_refused():
 def test_a_png_has_every_rectangle_in_its_colour(tmp_path):
     image = pytest.importorskip("matplotlib.image")
     simulation = simulate(build("dualpipe-v", ranks=2, microbatches=8), Costs(latency=0.5))
-    sheet = schedule_sheet([simulation], title="$x < y$ & z")
+    sheet = schedule_sheet([simulation], title=r"no $\frac$ of & any")
     to_png(sheet, tmp_path / "sheet.png", dpi=96)
     pixels = image.imread(tmp_path / "sheet.png")
     assert pixels.shape[:2] == (int(sheet.height), int(sheet.width))

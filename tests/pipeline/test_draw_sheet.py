@@ -130,8 +130,9 @@ def test_the_table_has_the_figures():
 
 def test_the_legend_names_what_there_is():
     plain = texts(schedule_sheet([simulated("1f1b", 2, 4)]))
-    assert {"F forward", "BW backward", "bubble", "activations held on the rank, in microbatches"} <= set(plain)
-    assert not {"W backward, weight gradient", "exposed transfer", "joint step"} & set(plain[: plain.index("schedule")])
+    assert plain[: plain.index("schedule")] == [
+        "F forward", "BW backward", "bubble", "activations held on the rank, in microbatches"
+    ]  # fmt: skip
     full = texts(schedule_sheet([simulated("dualpipe-v", 2, 8, latency=0.5, activation=3.5)], title="a sheet"))
     legend = full[: full.index("schedule")]
     assert legend == [
@@ -142,28 +143,25 @@ def test_the_legend_names_what_there_is():
 
 
 @pytest.mark.parametrize("name", ["1f1b", "interleaved-1f1b", "zb-v", "dualpipe-v"])
-def test_eight_ranks_by_32_microbatches_are_readable_and_small(name):
+@pytest.mark.parametrize(("costs", "font"), [({}, 9), ({"F": 100, "B": 120, "W": 80}, 7)])
+def test_eight_ranks_by_32_microbatches_are_readable_and_small(name, costs, font):
     """Every number is there, in a font that can be read, within its box."""
-    simulation = simulated(name, 8, 32)
+    simulation = simulated(name, 8, 32, **costs)
     sheet = schedule_sheet([simulation])
     boxes = [box for row in panel_boxes(sheet)[0] for box in row]
     foot = max(box.y + box.height for box in boxes)
     numbers = [
         shape for shape in sheet.shapes if isinstance(shape, Text) and shape.anchor == "middle" and shape.y < foot
     ]
-    assert sorted((x, text, y) for x, y, text, *_ in numbers) == [
-        (pytest.approx(x), text, pytest.approx(y, abs=15))
-        for x, text, y in sorted((box.x + box.width / 2, _microbatch(box), box.y + 20) for box in boxes)
-    ]
-    sizes = {number.size for number in numbers}
-    assert min(sizes) >= 9 and min(box.width for box in boxes) > 2 * 0.64 * max(sizes)
+    written = {(round(text.x, 3), text.y // 40): text for text in numbers}  # a row is 40 pixels high
+    assert len(written) == len(boxes)
+    for box in boxes:
+        number = written[round(box.x + box.width / 2, 3), (box.y + 20) // 40]
+        assert number.text == box.title.partition("microbatch ")[2].partition(",")[0]
+        assert number.size >= font and len(number.text) * 0.64 * number.size < box.width
     size = len(to_svg(sheet))
     print(f"{name}: {size / 1e3:.0f} KB")
     assert size < 300_000
-
-
-def _microbatch(box: Rect) -> str:
-    return box.title.partition("microbatch ")[2].partition(",")[0]
 
 
 def test_the_largest_case_does_without_numbers_and_hover():

@@ -25,7 +25,9 @@ def entries(trace: dict, phase: str) -> list[dict]:
 
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe-v"])
 def test_a_simulated_step_is_complete(name):
-    simulation = simulate(build(name, ranks=3, microbatches=7), Costs(latency=Fraction(1, 2)))
+    simulation = simulate(
+        build(name, ranks=3, microbatches=7), Costs(latency=Fraction(1, 2), activation=Fraction(3, 2))
+    )
     trace = chrome_trace(simulation)
     assert set(trace) == {"traceEvents", "displayTimeUnit"}
     for entry in trace["traceEvents"]:

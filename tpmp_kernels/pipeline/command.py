@@ -131,7 +131,7 @@ def _write(options: Namespace, shown: list[Shown]) -> None:
             if path.suffix.lower() == ".png":
                 to_png(sheet, path)
             else:
-                path.write_text(to_svg(sheet))
+                path.write_text(to_svg(sheet), encoding="utf-8")
     if options.trace:
         with files.replacing(options.trace) as path:
             path.write_text(json.dumps(chrome_trace(shown[0].simulation)))

@@ -53,12 +53,12 @@ def _complete(rank: int, event: Event, micro: float) -> dict:
         "tid": _BLOCKED if event.kind == "comm" else _COMPUTE,
         "name": f"{event.kind}{event.microbatch}" if numbered else str(event.kind),
         "cat": str(event.kind),
-        "ts": float(event.start * micro),
-        "dur": float((event.end - event.start) * micro),
+        "ts": event.start * micro,
+        "dur": (event.end - event.start) * micro,
         "args": {name: number for name, number in known.items() if number is not None},
     }
 
 
 def _counter(rank: int, microseconds: float, level: float) -> dict:
-    row = {"ph": "C", "pid": rank, "name": "activations", "ts": float(microseconds)}
-    return {**row, "args": {"microbatches": float(level)}}
+    args = {"microbatches": float(level)}
+    return {"ph": "C", "pid": rank, "name": "activations", "ts": microseconds, "args": args}
