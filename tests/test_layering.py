@@ -88,10 +88,7 @@ def test_standard_library_only(place):
 def test_schedule_tools_load_without_torch():
     import subprocess
 
-    code = (
-        "import sys, tpmp_kernels.pipeline.command; "
-        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    )
+    code = "import sys, tpmp_kernels.pipeline.command; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
