@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from mutants import mutate_schedule, mutate_transfers, runs_right
 
 from tpmp_kernels.errors import ScheduleError
+from tpmp_kernels.pipeline.costs import Costs
 from tpmp_kernels.pipeline.lowering import Lowered, lower
 from tpmp_kernels.pipeline.schedule import Action, Group, Kind, Schedule, Transfer
 from tpmp_kernels.pipeline.schedules import SCHEDULES, build, peak_live
+from tpmp_kernels.pipeline.simulate import simulate
 from tpmp_kernels.pipeline.validate import Report, validate
 
 
@@ -371,3 +373,17 @@ def test_tensor_parallel_ranks_must_run_the_same_steps():
         ScheduleError, match=r"tensor-parallel ranks of rank 0 differ: .* their collectives would not meet"
     ):
         validate(lower(schedule), tensor_parallel=[lower(schedule), lower(build("gpipe", ranks=2, microbatches=3))])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name, sizes", [("interleaved-1f1b", {"chunks": 8}), ("zb-v", {})])
+def test_the_largest_cases_take_seconds(name, sizes):
+    """64 ranks and 256 microbatches, built, proved and simulated; the bar is 5 s."""
+    costs = Costs(F=100, B=120, W=80)
+    start = time.process_time()
+    lowered = lower(build(name, ranks=64, microbatches=256, costs=costs, **sizes))
+    report = validate(lowered)
+    simulation = simulate(lowered, costs)
+    took = time.process_time() - start
+    print(f"\n{name}: {report.actions} actions, makespan {simulation.makespan:.0f}, in {took:.2f} s (bar 5 s)")
+    assert took < 15, "three times the bar, since test machines are shared"
