@@ -82,7 +82,7 @@ def test_blocks_show_what_takes_most_of_the_time():
     assert [row.strip() for row in drawn] == [re.sub("[^FB]", "", row) for row in drawn], "no bubble but at the ends"
     assert [len(row) for row in drawn] == [24, 24]
     assert all(abs(row.count("F") - 8) <= 1 and abs(row.count("B") - 16) <= 1 for row in drawn)
-    idle, busy = rows(picture("1f1b", 2, 200, width=40, F=[1, 10], BW=[1, 12]))
+    idle, busy = rows(picture("1f1b", 2, 800, width=40, F=[1, 10], BW=[1, 12]))
     assert idle.strip() == "" and busy == "B" * 24
 
 

@@ -41,7 +41,7 @@ def lay_out(
 
 def _plot_width(panels: Sequence[Panel], span: float, widest: float) -> float:
     """Wide enough for two digits and room in the median box of a forward, in the panel where these are narrowest."""
-    medians = [median for panel in panels if (median := panel.median_forward()) > 0]
+    medians = [median for panel in panels if (median := panel.median(["F"])) > 0]
     wanted = 3 * _DIGIT * span / min(medians) if medians else 0.0
     return min(max(wanted, _NARROWEST), widest)
 

@@ -46,9 +46,9 @@ class Panel(NamedTuple):
         events = [event for row in self.rows for event in row.events]
         return min(event.start for event in events), max(event.end for event in events)
 
-    def median_forward(self) -> float:
-        """The time that it takes; 0 where there is none."""
-        times = sorted(event.end - event.start for row in self.rows for event in row.events if event.kind == "F")
+    def median(self, kinds: Sequence[str]) -> float:
+        """The median time of these kinds; 0 where there is none of them."""
+        times = sorted(event.end - event.start for row in self.rows for event in row.events if event.kind in kinds)
         return times[len(times) // 2] if times else 0.0
 
 
@@ -77,7 +77,7 @@ class PanelDrawing:
         self.span = end - self.start
         numbers = [event.microbatch or 0 for row in panel.rows for event in row.events]
         self.digits = len(str(max(numbers)))
-        self.font = self._font(panel.median_forward() * scale)
+        self.font = self._font(panel.median(COMPUTES) * scale)
         self.width = self.span * scale
         self.banded = any(row.memory for row in panel.rows)
         self.rows_height = len(panel.rows) * (_ROW + _GAP)
@@ -146,7 +146,7 @@ class PanelDrawing:
         return f"rank {rank}: {what}, {start} to {end}{self.terms.suffix}"
 
     def _number(self, event: Event, middle: float) -> Iterator[Text]:
-        """The microbatch, in the font of the forwards or a smaller one; left out where it does not fit."""
+        """The microbatch, in the font of the median box or a smaller one; left out where it does not fit."""
         width, text = (event.end - event.start) * self.scale, str(event.microbatch)
         size = min(self._font(width), self.font)
         if width >= len(text) * size * _DIGIT + _PADDING:

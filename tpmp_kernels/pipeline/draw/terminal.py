@@ -1,8 +1,8 @@
 """The picture in characters: a line for each rank, columns of time, and the rank's peak of memory behind.
 
-    time     0           4           8      peak
-    rank 0   F0 F1          BW0   BW1       2
-    rank 1      F0 BW0   F1 BW1             1
+    time     0              5              peak
+    rank 0   F0 F1       BW0      BW1      2
+    rank 1      F0 BW0   F1 BW1            1
 
 That is the figure of the docstrings in schedules/, with & in a joint step, and the stage before the kind where a rank
 has several. With colours the background tells the kind, lighter for odd chunks, and only the number is written.
