@@ -246,20 +246,18 @@ def test_zb_v_has_no_bubble_where_all_times_are_equal(p, m):
 
 
 @pytest.mark.parametrize(
-    "b, w, idle, published", [(120, 80, 120, None), (90, 110, 15, (0.6, 0.3)), (140, 60, 210, (8, 4))]
+    "b, w, idle, published", [(120, 80, 80, (3.2, 1.6)), (90, 110, 15, (0.6, 0.3)), (140, 60, 210, (8, 4))]
 )
-def test_zb_v_has_the_published_bubble_in_two_of_three_cases_of_unequal_times(b, w, idle, published):
+def test_zb_v_has_the_published_bubble_for_unequal_times(b, w, idle, published):
     """F = 100, 4 ranks, 8 and 16 microbatches, in percent of the step; 1F1B has 27 and 16. The authors count the time
-    that a rank idles from its first F on. Of the first case they publish 3.2 and 1.6, an idle time of about 80: this
-    order does not reach it, and has 4.8 and 2.4."""
+    that a rank idles from its first F on."""
     costs = Costs(100, b, w)
     for at, m in enumerate((8, 16)):
         simulation = simulate(build("zb-v", ranks=4, microbatches=m, costs=costs), costs)
         assert simulation.span_bubble <= idle
         assert max(simulation.peak_memory) <= 4
-        if published is not None:
-            share = 100 * simulation.span_bubble / simulation.span
-            assert round(share, 1 if published[at] < 1 else 0) <= published[at]
+        share = 100 * simulation.span_bubble / simulation.span
+        assert round(share, 0 if b == 140 else 1) <= published[at]
         plain = simulate(build("1f1b", ranks=4, microbatches=m), costs)
         assert round(100 * plain.bubble_ratio) == (27, 16)[at]
 

@@ -12,15 +12,16 @@ delays nothing. The paper's bubble is 2 p / (3 m) of the ideal time where F = B 
 
 from tpmp_kernels.pipeline.costs import Costs
 from tpmp_kernels.pipeline.schedule import Schedule
-from tpmp_kernels.pipeline.schedules.greedy import Rules, place
+from tpmp_kernels.pipeline.schedules.greedy import Rule, Way, place
 from tpmp_kernels.pipeline.schedules.placement import folded
 from tpmp_kernels.pipeline.schedules.v_pattern import forwards_and_backwards
 
 
 def build(ranks: int, microbatches: int) -> Schedule:
+    way = Way(ranks, microbatches, Costs())
     orders = forwards_and_backwards(ranks, microbatches, slopes=(1, 1, 1, 1))
-    placed = place(orders, microbatches, Costs(), Rules(limit=_limit(ranks)))
-    return Schedule("v-min", folded(ranks), microbatches, tuple(map(tuple, placed.orders)))
+    placed = place(way, orders, _limit(ranks), Rule())
+    return Schedule("v-min", folded(ranks), microbatches, way.actions(placed.orders))
 
 
 def _limit(ranks: int) -> int:
