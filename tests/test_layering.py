@@ -27,7 +27,7 @@ STANDARD_LIBRARY_ONLY = [
     "pipeline/files.py", "pipeline/simulate.py", "pipeline/simulation.py", "pipeline/options.py", "pipeline/summary.py",
     "pipeline/command.py",
     *(f"pipeline/draw/{name}.py" for name in ("__init__", "layout", "palette", "panel", "pictures", "scale", "sheet")),
-    *(f"pipeline/draw/{name}.py" for name in ("svg", "terminal", "trace")),
+    *(f"pipeline/draw/{name}.py" for name in ("svg", "table", "terminal", "trace")),
     "errors.py", "env.py", "__init__.py", "kernels/tiles.py",
 ]  # fmt: skip
 

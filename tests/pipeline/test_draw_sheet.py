@@ -8,13 +8,14 @@ from tpmp_kernels.pipeline.costs import Costs
 from tpmp_kernels.pipeline.draw import schedule_sheet, to_svg
 from tpmp_kernels.pipeline.draw.palette import COLOURS, IDLE, MEMORY, shade
 from tpmp_kernels.pipeline.draw.sheet import Line, Rect, Sheet, Text
+from tpmp_kernels.pipeline.lowering import lower
 from tpmp_kernels.pipeline.schedules import build
 from tpmp_kernels.pipeline.simulate import simulate
 from tpmp_kernels.pipeline.simulation import Simulation
 
 
 def simulated(name: str, ranks: int, microbatches: int, **costs) -> Simulation:
-    return simulate(build(name, ranks=ranks, microbatches=microbatches), Costs(**costs))
+    return simulate(lower(build(name, ranks=ranks, microbatches=microbatches)), Costs(**costs))
 
 
 def texts(sheet: Sheet) -> list[str]:

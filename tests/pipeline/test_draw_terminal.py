@@ -6,6 +6,7 @@ import pytest
 
 from tpmp_kernels.pipeline.costs import Costs
 from tpmp_kernels.pipeline.draw import text_picture
+from tpmp_kernels.pipeline.lowering import lower
 from tpmp_kernels.pipeline.schedules import build
 from tpmp_kernels.pipeline.simulate import simulate
 
@@ -14,7 +15,7 @@ WIDTHS = (40, 57, 80, 200)
 
 
 def picture(name: str, ranks: int, microbatches: int, *, width: int = 120, colour: bool = False, **costs) -> str:
-    simulation = simulate(build(name, ranks=ranks, microbatches=microbatches), Costs(**costs))
+    simulation = simulate(lower(build(name, ranks=ranks, microbatches=microbatches)), Costs(**costs))
     return text_picture(simulation, width=width, colour=colour)
 
 

@@ -56,7 +56,7 @@ def lower_naive(schedule: Schedule) -> Lowered:
 def prove(schedule: Schedule) -> Report:
     """By both lowerings, and by counting."""
     report = validate(lower(schedule))
-    assert validate(lower(schedule, group=True)) == report
+    assert validate(lower(schedule, group=True)) == report == validate(lower(schedule.apart()))
     passes = 2 if schedule.backward else 1
     split = sum(action.kind is Kind.W for actions in schedule.actions for action in actions)
     assert report.actions == passes * schedule.stages * schedule.microbatches + split
@@ -78,7 +78,7 @@ def check_configurations(count: int, seed: int, seconds: float) -> None:
     """Sizes up to 64 ranks x 8 chunks x 256 microbatches, on all cores; `seconds` is the bar."""
     start = time.perf_counter()
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        parts = list(pool.map(_prove_some, range(seed, seed + 8), [count // 8] * 8))
+        parts = list(pool.map(_prove_some, range(seed, seed + 50), [-(-count // 50)] * 50))
     configurations = [each for part in parts for each in part]
     took = time.perf_counter() - start
     digest = hashlib.sha256(repr(configurations).encode()).hexdigest()[:16]
@@ -99,12 +99,12 @@ def _prove_some(seed: int, count: int) -> list[tuple]:
 
 
 def test_many_configurations_are_proved():
-    check_configurations(504, seed=10, seconds=60)
+    check_configurations(500, seed=100, seconds=60)
 
 
 @pytest.mark.full
 def test_five_thousand_configurations_are_proved():
-    check_configurations(5_000, seed=20, seconds=120)  # the bar is 60 s; test machines are shared
+    check_configurations(5_000, seed=200, seconds=120)  # the bar is 60 s; test machines are shared
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

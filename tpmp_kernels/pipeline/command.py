@@ -20,7 +20,7 @@ from tpmp_kernels.pipeline.costs import Costs
 from tpmp_kernels.pipeline.draw import chrome_trace, schedule_sheet, text_picture, to_png, to_svg
 from tpmp_kernels.pipeline.lowering import lower
 from tpmp_kernels.pipeline.options import nearest, parse
-from tpmp_kernels.pipeline.schedule import Schedule
+from tpmp_kernels.pipeline.schedule import Kind, Schedule
 from tpmp_kernels.pipeline.schedules import SCHEDULES, build
 from tpmp_kernels.pipeline.simulate import simulate
 from tpmp_kernels.pipeline.summary import Shown
@@ -121,7 +121,8 @@ def _prove(name: str, schedule: Schedule, costs: Costs) -> Shown:
         report = validate(plan)
     except ScheduleError as error:
         raise UsageError(str(error) if known else f"{name!r} is no schedule that can run: {error}") from None
-    return Shown(name, simulate(plan, costs), report, bounded=known)
+    joint = any(action.kind is Kind.PAIR for actions in schedule.actions for action in actions)
+    return Shown(name, schedule, simulate(schedule if joint else plan, costs), report, bounded=known)
 
 
 def _write(options: Namespace, shown: list[Shown]) -> None:

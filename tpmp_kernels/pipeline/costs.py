@@ -14,8 +14,9 @@ class Costs:
     F, B, W, BW: of one microbatch on one rank, that is on all stages of that rank together; each stage takes its equal
     share, so the same numbers compare schedules with different numbers of chunks. A sequence instead gives each stage
     its own time, as it is. BW is B + W where it is None.
-    pair: time of a joint step as a share of its F and its B one after the other: 1.0 hides nothing. early_release:
-    whether the output of the F of a joint step leaves when that F ends, or at the end of the step.
+    pair: time of a joint step as a share of its F and its B one after the other: 1.0 hides nothing, so the two then
+    start each on its own input. early_release: whether the output of the F of a joint step leaves when that F ends, or
+    at the end of a step that waits for both inputs whatever it hides, as the published DualPipe does.
     latency, bandwidth, message: a transfer between ranks takes latency + message / bandwidth; its link, one for each
     direction between two ranks, is taken for message / bandwidth.
     activation: memory of one microbatch on one rank, shared equally by its stages, or a sequence with one number for
@@ -70,6 +71,11 @@ class Costs:
         if len(value) != stages:
             raise ValueError(f"costs: {name} has {len(value)} numbers; expected one for each of {stages} stages")
         return list(value)
+
+    @property
+    def joint(self) -> bool:
+        """Whether the parts of a joint step run together."""
+        return self.pair != 1 or not self.early_release
 
     @property
     def occupied(self) -> float:

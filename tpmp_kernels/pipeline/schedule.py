@@ -4,9 +4,9 @@ A `Schedule` says which rank holds which stage and, for each rank, the order of 
 
     F     forward of one stage on one microbatch
     B     its input gradient alone        W    its weight gradient alone        BW    both in one go
-    PAIR  a joint step: the F and the B or BW that follow it directly may run together, to hide communication, so both
-          of their inputs must be there before; one after the other wherever there is nothing to hide. Its own stage
-          and microbatch are those of the F.
+    PAIR  a joint step: the F and the B or BW that follow it directly run together, to hide communication, so both of
+          their inputs are there before. Its own stage and microbatch are those of the F. Where there is nothing to
+          hide, `Schedule.apart` gives the same order without, in which each starts on its own input.
 
 `lowering.lower` adds the transfers and gives one straight line of steps for each rank, which the validator proves, the
 simulator times, and the runtime carries out without knowing any schedule by name. files.py reads and writes schedules.
@@ -14,7 +14,7 @@ simulator times, and the runtime carries out without knowing any schedule by nam
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -123,6 +123,11 @@ class Schedule:
         if action.kind in (Kind.W, Kind.PAIR) or action.stage == 0:
             return None
         return "B", action.stage - 1
+
+    def apart(self) -> "Schedule":
+        """The same without joint steps: one after the other, which is faster unless the two hide something."""
+        orders = (tuple(each for each in actions if each.kind is not Kind.PAIR) for actions in self.actions)
+        return replace(self, actions=tuple(orders))
 
     def digest(self) -> str:
         """16 hex digits over everything. Ranks compare it before use: two schedules between them would hang."""

@@ -15,7 +15,10 @@ from tpmp_kernels.pipeline.simulation import Simulation, memory_changes
 
 
 def simulate(plan: Schedule | Lowered, costs: Costs | None = None) -> Simulation:
-    """Carry out a schedule (lowered here) or a lowered one, from time 0 on all ranks. Linear in its steps.
+    """Carry out a schedule or a lowered one, from time 0 on all ranks. Linear in its steps.
+
+    A schedule is lowered here, without its joint steps where the costs say that these hide nothing; a lowered one keeps
+    what it has.
 
     costs: all times 1 and transfers for nothing if None.
 
@@ -27,8 +30,9 @@ def simulate(plan: Schedule | Lowered, costs: Costs | None = None) -> Simulation
     Raises ValueError where costs for each stage do not fit the stages, and ScheduleError where the programs do not
     finish. That is no proof: what `validate` refuses may have times here that mean nothing.
     """
-    lowered = plan if isinstance(plan, Lowered) else lower(plan)
-    schedule, costs = lowered.schedule, costs or Costs()
+    costs = costs or Costs()
+    lowered = plan if isinstance(plan, Lowered) else lower(plan if costs.joint else plan.apart())
+    schedule = lowered.schedule
     run = _Run(lowered, costs)
     run.finish()
     return Simulation(

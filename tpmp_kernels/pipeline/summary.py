@@ -5,20 +5,10 @@ import math
 from dataclasses import asdict, dataclass
 
 from tpmp_kernels.pipeline.draw.scale import short
+from tpmp_kernels.pipeline.draw.table import COLUMNS, cells, share
 from tpmp_kernels.pipeline.schedule import Kind, Schedule
 from tpmp_kernels.pipeline.simulation import Simulation
 from tpmp_kernels.pipeline.validate import Report
-
-_COLUMNS = (
-    "schedule",
-    "stages",
-    "makespan",
-    "bubble",
-    "bubble in span",
-    "peak memory",
-    "transfers",
-    "exposed transfer",
-)
 
 
 @dataclass(frozen=True)
@@ -29,13 +19,10 @@ class Shown:
     """
 
     title: str
+    schedule: Schedule
     simulation: Simulation
     report: Report
     bounded: bool
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.simulation.schedule
 
 
 def heading(shown: Shown) -> str:
@@ -52,8 +39,8 @@ def figures(shown: Shown) -> str:
     unit = "microbatches of activations" if simulation.costs.activation == 1 else "the unit of activation"
     lines = {
         "makespan": short(simulation.makespan),
-        "bubble": f"{short(simulation.bubble)}, {_share(simulation.bubble, simulation.makespan)} of the makespan",
-        "bubble in span": f"{short(simulation.span_bubble)}, {_share(simulation.span_bubble, simulation.span)} of the "
+        "bubble": f"{short(simulation.bubble)}, {share(simulation.bubble, simulation.makespan)} of the makespan",
+        "bubble in span": f"{short(simulation.span_bubble)}, {share(simulation.span_bubble, simulation.span)} of the "
         "longest span (a rank's first start to its last end)",
         "peak memory": f"{_by_rank(simulation.peak_memory)}, in {unit}",
         "transfers": f"{simulation.messages:,}",
@@ -64,28 +51,13 @@ def figures(shown: Shown) -> str:
 
 def table(several: list[Shown]) -> str:
     """One row for each schedule, as in the table on a sheet, the numbers right-aligned."""
-    rows = [_COLUMNS, *(_row(shown) for shown in several)]
+    rows = [COLUMNS, *(cells(shown.title, shown.simulation) for shown in several)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for name, *cells in rows:
-        aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+    for name, *numbers in rows:
+        aligned = (number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True))
         lines.append("  ".join([name.ljust(widths[0]), *aligned]))
     return "\n".join(lines)
-
-
-def _row(shown: Shown) -> tuple[str, ...]:
-    """Peak memory is that of the rank that has most, exposed transfer the mean of the ranks."""
-    simulation = shown.simulation
-    return (
-        shown.title,
-        str(shown.schedule.stages),
-        short(simulation.makespan),
-        _share(simulation.bubble, simulation.makespan),
-        _share(simulation.span_bubble, simulation.span),
-        short(max(simulation.peak_memory)),
-        f"{simulation.messages:,}",
-        _share(sum(simulation.exposed), simulation.makespan * shown.schedule.ranks),
-    )
 
 
 def proof(shown: Shown) -> str:
@@ -129,13 +101,9 @@ def _fields(shown: Shown) -> dict:
         "proved": {**asdict(shown.report), "closed_form": shown.bounded},
         "timeline": [
             [[*action, start, end] for action, start, end in zip(*rank, strict=True) if action.kind is not Kind.PAIR]
-            for rank in zip(schedule.actions, simulation.starts, simulation.ends, strict=True)
+            for rank in zip(simulation.schedule.actions, simulation.starts, simulation.ends, strict=True)
         ],
     }
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole else "0.0%"
 
 
 def _by_rank(values: tuple[float, ...]) -> str:

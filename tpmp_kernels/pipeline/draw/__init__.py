@@ -1,6 +1,7 @@
 """Pictures of a pipeline: one row for each rank, one box for each compute, time to the right.
 
 pictures.py   what is drawn: timeline_svg of a measured step, schedule_sheet of simulated ones to compare
+table.py      the table by which schedules are compared, here and in the terminal
 layout.py     where everything stands: from panels of rows to a Sheet
 sheet.py      the Sheet: rectangles, lines and texts in pixels
 svg.py        a Sheet as SVG

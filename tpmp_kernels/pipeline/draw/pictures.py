@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from tpmp_kernels.pipeline.draw.layout import lay_out
 from tpmp_kernels.pipeline.draw.palette import COLOURS
 from tpmp_kernels.pipeline.draw.panel import Panel, Row, Terms, Title
-from tpmp_kernels.pipeline.draw.scale import short
 from tpmp_kernels.pipeline.draw.sheet import Sheet
 from tpmp_kernels.pipeline.draw.svg import to_svg
+from tpmp_kernels.pipeline.draw.table import COLUMNS, cells
 from tpmp_kernels.pipeline.schedule import Event, Kind
 from tpmp_kernels.pipeline.simulation import Simulation
 
 _MEASURED = Terms(1e3, " ms", "time in ms", blocked="blocked in communication", idle="idle")
 _SIMULATED = Terms(1, "", "time in units of the costs", blocked="exposed transfer", idle="bubble")
-_TABLE = ("schedule", "stages", "makespan", "bubble", "bubble in span", "peak memory", "transfers", "exposed transfer")
 
 
 def timeline_svg(events: Sequence[Sequence[Event]], *, title: str = "") -> str:
@@ -49,8 +48,7 @@ def _check(events: Sequence[Sequence[Event]]) -> None:
 def schedule_sheet(simulations: Sequence[Simulation], *, title: str = "") -> Sheet:
     """A table of all, and for each a panel with its rows and, below, every rank's activations over time.
 
-    All panels share one scale of time and one of memory. In the table, peak memory is that of the rank that has most;
-    exposed transfer is the mean over the ranks as a share of the makespan, as is the bubble, of which it is a part.
+    All panels share one scale of time and one of memory. table.py says what the table has.
     Raises ValueError where there is nothing to draw.
     """
     if not simulations or not all(any(simulation.starts) for simulation in simulations):
@@ -58,25 +56,9 @@ def schedule_sheet(simulations: Sequence[Simulation], *, title: str = "") -> She
     plain = all(simulation.costs.activation == 1 for simulation in simulations)
     unit = "microbatches" if plain else "units of the costs"
     terms = _SIMULATED._replace(memory=f"activations held on the rank, in {unit}")
-    table = [_TABLE, *(_figures(simulation) for simulation in simulations)]
+    table = [COLUMNS, *(cells(simulation.schedule.name, simulation) for simulation in simulations)]
     panels = [_panel(simulation) for simulation in simulations]
     return lay_out(panels, terms, title=Title(title), table=table, widest=3600)
-
-
-def _figures(simulation: Simulation) -> tuple[str, ...]:
-    ranks, makespan = simulation.schedule.ranks, simulation.makespan
-    exposed = sum(simulation.exposed) / (ranks * makespan) if makespan else 0.0
-    in_span = simulation.span_bubble / simulation.span if simulation.span else 0.0
-    return (
-        simulation.schedule.name,
-        str(simulation.schedule.stages),
-        short(makespan),
-        f"{float(simulation.bubble_ratio):.1%}",
-        f"{float(in_span):.1%}",
-        short(max(simulation.peak_memory)),
-        f"{simulation.messages:,}",
-        f"{float(exposed):.1%}",
-    )
 
 
 def _panel(simulation: Simulation) -> Panel:

@@ -7,7 +7,8 @@ Two ranks, stages 0 and 3 on rank 0 and 1 and 2 on rank 1 (a V), four microbatch
 
 All ranks keep at most 2p + 1 of their 2m stage activations in memory. Where the times of a stage are equal, the bubble
 is (p-1) (FB + BW - 3W) with FB for a joint step, which waits for the inputs of both halves. So it pays where FB is well
-below F + BW: where there is something to hide.
+below F + BW: where there is something to hide. Where there is not, the order apart (without joint steps) has half of
+that bubble, (p-1) (F + B - W), as each F then starts on its own input and its output leaves at once.
 
 It needs 2p microbatches; with fewer, the order is that for 2p and what does not exist in it is left out. As in
 interleaved-1f1b, that adds no wait, so it cannot deadlock. A joint step that lacks a half is none any more: its F, of
