@@ -44,8 +44,10 @@ py::dict dtypes() {
   py::dict codes;
   const std::pair<const char*, DType> names[] = {
       {"float64", DType::f64}, {"float32", DType::f32}, {"bfloat16", DType::bf16}, {"float16", DType::f16},
-      {"int64", DType::i64},   {"int32", DType::i32},   {"uint8", DType::u8},      {"int16", DType::i16},
-      {"int8", DType::i8},     {"bool", DType::boolean}};
+      {"int64", DType::i64},   {"int32", DType::i32},   {"int16", DType::i16},     {"int8", DType::i8},
+      {"uint8", DType::u8},    {"bool", DType::boolean}, {"uint16", DType::u16},   {"uint32", DType::u32},
+      {"uint64", DType::u64},  {"complex64", DType::c64}, {"complex128", DType::c128},
+      {"float8_e4m3fn", DType::f8_e4m3}, {"float8_e5m2", DType::f8_e5m2}};
   for (const auto& [name, code] : names) codes[name] = int(code);
   return codes;
 }
@@ -59,8 +61,24 @@ py::dict reduce_ops() {
   return codes;
 }
 
+py::dict kinds() {
+  py::dict codes;
+  const std::pair<const char*, Kind> names[] = {
+      {"barrier", Kind::barrier},       {"all_reduce", Kind::all_reduce}, {"reduce", Kind::reduce},
+      {"reduce_scatter", Kind::reduce_scatter}, {"all_gather", Kind::all_gather}, {"broadcast", Kind::broadcast},
+      {"all_to_all", Kind::all_to_all}, {"scatter", Kind::scatter},       {"gather", Kind::gather}};
+  for (const auto& [name, code] : names) codes[name] = int(code);
+  return codes;
+}
+
+Collective collective(int kind, uintptr_t input, uintptr_t output, uint64_t numel, int dtype, int op, int root,
+                      std::string tag, std::vector<uint64_t> input_splits, std::vector<uint64_t> output_splits) {
+  return {Kind(kind), DType(dtype), ReduceOp(op), root, numel, pointer<const void>(input), pointer<void>(output),
+          std::move(tag), std::move(input_splits), std::move(output_splits)};
+}
+
 void bind_work(py::module_& m) {
-  py::class_<Work, std::shared_ptr<Work>>(m, "Work", "A posted transfer; the caller keeps its buffer alive.")
+  py::class_<Work, std::shared_ptr<Work>>(m, "Work", "A posted call; the caller keeps its buffers alive.")
       .def("wait", &Work::wait, "timeout"_a, py::call_guard<py::gil_scoped_release>(),
            "Blocks until it is done, at most `timeout` seconds; raises tpmp_kernels.errors.TransportError.")
       .def("done", &Work::done, "True where wait would not block.");
@@ -68,13 +86,12 @@ void bind_work(py::module_& m) {
 
 void bind_transport(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
+  py::class_<Collective>(m, "Collective", "One collective call; what each rank passes is in csrc/transport.hpp.")
+      .def(py::init(&collective), "kind"_a, "input"_a, "output"_a, "numel"_a, "dtype"_a, "op"_a, "root"_a, "tag"_a,
+           "input_splits"_a, "output_splits"_a);
   py::class_<Transport, std::shared_ptr<Transport>>(m, "Transport", "Addresses are ints, dtypes and ops their codes.")
-      .def("all_reduce",
-           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int op, const std::string& tag, double timeout) {
-             t.all_reduce(pointer<void>(data), numel, DType(dtype), ReduceOp(op), tag, timeout);
-           },
-           "data"_a, "numel"_a, "dtype"_a, "op"_a, "tag"_a, "timeout"_a, release(), "In place.")
-      .def("barrier", &Transport::barrier, "tag"_a, "timeout"_a, release(), "Returns when every rank has called it.")
+      .def("run", &Transport::run, "call"_a, "timeout"_a, release(), "Carries out a collective.")
+      .def("post", &Transport::post, "call"_a, "timeout"_a, release(), "Posts a collective.")
       .def("isend",
            [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int dst, const std::string& tag, bool waits) {
              return t.isend(pointer<const void>(data), numel, DType(dtype), dst, tag, waits);
@@ -93,6 +110,11 @@ void bind_transport(py::module_& m) {
 }
 
 void bind_shm(py::module_& m) {
+  py::class_<shm::Block, std::shared_ptr<shm::Block>>(m, "Block", py::buffer_protocol(), "Memory in the segment.")
+      .def_buffer([](shm::Block& b) { return py::buffer_info(reinterpret_cast<uint8_t*>(b.data), py::ssize_t(b.bytes)); });
+  py::class_<shm::ShmTransport, Transport, std::shared_ptr<shm::ShmTransport>>(m, "ShmTransport")
+      .def("allocate", &shm::ShmTransport::allocate, "bytes"_a, py::call_guard<py::gil_scoped_release>(),
+           "Memory that calls lend to the peers instead of copying it in.");
   py::class_<shm::SegmentServer>(m, "SegmentServer", "Group rank 0's side of sharing one sealed memory segment.")
       .def(py::init<int>(), "world"_a)
       .def_property_readonly("address", &shm::SegmentServer::address)
@@ -100,12 +122,12 @@ void bind_shm(py::module_& m) {
       .def("serve", &shm::SegmentServer::serve, "seconds"_a, py::call_guard<py::gil_scoped_release>(),
            "Answers at most one caller, waiting at most `seconds` for it.")
       .def("transport",
-           [](shm::SegmentServer& s) -> std::shared_ptr<Transport> {
+           [](shm::SegmentServer& s) {
              return std::make_shared<shm::ShmTransport>(s.segment(), 0);
            },
            "The transport of rank 0.");
   m.def("attach",
-        [](const std::string& address, const std::string& nonce, int world, int rank) -> std::shared_ptr<Transport> {
+        [](const std::string& address, const std::string& nonce, int world, int rank) {
           return std::make_shared<shm::ShmTransport>(shm::fetch_segment(address, nonce, world, rank), rank);
         },
         "address"_a, "nonce"_a, "world"_a, "rank"_a, py::call_guard<py::gil_scoped_release>(),
@@ -118,6 +140,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled transports of tpmp_kernels; use tpmp_kernels.comm.";
   m.attr("ABI") = TPMP_ABI;
   m.attr("DTYPES") = dtypes();
+  m.attr("KINDS") = kinds();
   m.attr("REDUCE_OPS") = reduce_ops();
   py::register_exception_translator(&translate);
   interrupt_hook = &check_signals;

@@ -11,20 +11,38 @@
 
 namespace tpmp {
 
-enum class Kind : uint8_t { all_reduce = 1, barrier, send, recv };
-// The last three are for transfers only.
-enum class DType : uint8_t { f64 = 1, f32, bf16, f16, i64, i32, u8, i16, i8, boolean };
+enum class Kind : uint8_t {
+  barrier = 1, all_reduce, reduce, reduce_scatter, all_gather, broadcast, all_to_all, scatter, gather, send, recv
+};
+// Those from `boolean` on are carried, but not reduced.
+enum class DType : uint8_t {
+  f64 = 1, f32, bf16, f16, i64, i32, i16, i8, u8, boolean, u16, u32, u64, c64, c128, f8_e4m3, f8_e5m2
+};
 enum class ReduceOp : uint8_t { none, sum, avg, max, min, prod };
 
 inline size_t element_bytes(DType dtype) {
   switch (dtype) {
-    case DType::f64: case DType::i64: return 8;
-    case DType::f32: case DType::i32: return 4;
-    case DType::bf16: case DType::f16: case DType::i16: return 2;
-    case DType::u8: case DType::i8: case DType::boolean: return 1;
+    case DType::c128: return 16;
+    case DType::f64: case DType::i64: case DType::u64: case DType::c64: return 8;
+    case DType::f32: case DType::i32: case DType::u32: return 4;
+    case DType::bf16: case DType::f16: case DType::i16: case DType::u16: return 2;
+    default: return 1;
   }
-  return 0;
 }
+
+// One collective call of one rank. `numel` is what must agree between the ranks: elements that a rank contributes to or
+// takes from the others (the whole of an all_reduce, one part of a reduce_scatter), 0 with splits. Dense buffers.
+struct Collective {
+  Kind kind;
+  DType dtype = DType::u8;
+  ReduceOp op = ReduceOp::none;
+  int root = -1;
+  uint64_t numel = 0;
+  const void* input = nullptr;  // null where this rank contributes nothing
+  void* output = nullptr;       // null where this rank gets nothing; may be the input
+  std::string tag;
+  std::vector<uint64_t> input_splits, output_splits;  // elements for each rank, of an all_to_all in uneven parts
+};
 
 enum class ErrorCode : uint8_t { peer_died = 1, peer_failed, mismatch, timeout, closed, system };
 
@@ -42,7 +60,7 @@ class transport_error : public std::exception {
   std::string message_;
 };
 
-// A posted transfer; its buffer belongs to the transport until wait returned, done is true or the transport is closed.
+// A posted call; its buffers belong to the transport until wait returned, done is true or the transport is closed.
 class Work {
  public:
   virtual ~Work() = default;
@@ -53,8 +71,10 @@ class Work {
 class Transport {
  public:
   virtual ~Transport() = default;
-  virtual void all_reduce(void* data, uint64_t numel, DType, ReduceOp, const std::string& tag, double timeout) = 0;
-  virtual void barrier(const std::string& tag, double timeout) = 0;
+  // Blocking; collectives take place in the order of the calls, posted ones among them.
+  virtual void run(const Collective&, double timeout) = 0;
+  // Returns at once; `timeout` starts when its turn comes.
+  virtual std::shared_ptr<Work> post(Collective, double timeout) = 0;
   // `waits` promises that wait follows at once: nobody else needs to be woken to move this transfer.
   virtual std::shared_ptr<Work> isend(const void* data, uint64_t numel, DType, int dst, const std::string& tag,
                                       bool waits) = 0;

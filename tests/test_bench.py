@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tpmp_kernels import bench
-from tpmp_kernels.bench import Timing, interleave, read_rows, rows_of, write_rows
+from tpmp_kernels.bench import Bar, Timing, interleave, read_rows, rows_of, timing, verdict, write_rows
 
 WHERE = bench.Provenance("cpu-test-2core", 1, "0123456789", "2026-01-02T03:04:05Z", {"torch": "2.13.0"})
 CASE = {"suite": "kernels", "case": "gelu", "shape": "4x4", "dtype": "fp32", "baseline": "eager"}
@@ -42,7 +42,7 @@ def test_samples_are_seconds_of_one_call(monkeypatch):
         nonlocal now
         now += 0.25
 
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     assert interleave({"a": call}, rounds=3, iterations=4)["a"].samples == (0.25, 0.25, 0.25)
 
 
@@ -149,14 +149,20 @@ def test_units():
     assert [bench.show_percent(f) for f in (1.0, 0.876, 0.0028)] == ["100 %", "88 %", "0.28 %"]
     assert bench.show_rate(7.9e14, "FLOP/s") == "790 TFLOP/s"
     assert bench.gemm_flop(2, 3, 4) == 48
-    assert [bench.bus_bytes(kind, 8, 4) for kind in ("all_reduce", "all_gather", "reduce_scatter", "send")] == [
-        12,
-        6,
-        6,
-        8,
-    ]
+    kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
+    assert [bench.bus_bytes(kind, 8, 4) for kind in kinds] == [12, 6, 6, 6, 8, 8]
     with pytest.raises(ValueError, match="kind is 'gather'"):
         bench.bus_bytes("gather", 8, 4)
+
+
+def test_bars_are_compared_with_medians_of_the_run():
+    made = rows(ours=0.5)  # eager 2, GEMM 0.25
+    case = ("gelu", "4x4", "tpmp")
+    bars = [Bar(*case, "eager", 4), Bar(*case, "GEMM", 0.75), Bar("another case", *case[1:], "eager", 9)]
+    assert verdict(bars, made) == "bars: 1 of 2 met\n  unmet: gelu, 4x4: tpmp 0.50x of GEMM, bar 0.75x"
+    cannot = rows_of({"eager": Timing((1.0,)), "tpmp": "no compiler"}, WHERE, **CASE)
+    assert verdict(bars[:1], cannot) == "bars: 0 of 1 met\n  unmet: gelu, 4x4: tpmp cannot run beside eager, bar 4.00x"
+    assert verdict(bars, []) == "bars: 0 of 0 met"
 
 
 def git(root: Path, *args: str) -> None:

@@ -26,7 +26,7 @@ def no_launch(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["trian"], "tpmp: expected a command (train, schedule), got 'trian'; tpmp --help lists them"),
+        (["trian"], "tpmp: expected a command (train, schedule, bench), got 'trian'; tpmp --help lists them"),
         (["train"], "tpmp train: expected a config file first, got nothing; examples/demo.toml is one"),
         (["train", "--x", "1"], "tpmp train: expected a config file first, got '--x'; examples/demo.toml is one"),
         (

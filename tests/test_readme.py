@@ -5,11 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+import torch.distributed as dist
+
 from benchmarks import report
+from tpmp_kernels.comm import communicator
+from tpmp_kernels.comm._ext import C
+from tpmp_kernels.errors import CollectiveMismatch
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-USE_A_KERNEL, ASSEMBLE_A_MODEL = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+USE_A_KERNEL, COMMUNICATE, ASSEMBLE_A_MODEL = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 
 
 def test_what_the_demo_prints_is_what_it_printed():
@@ -31,11 +38,25 @@ def test_the_kernel_example_runs():
     run("-c", USE_A_KERNEL)
 
 
-def test_the_model_example_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("example", [COMMUNICATE, ASSEMBLE_A_MODEL], ids=["communicate", "model"])
+def test_the_examples_for_two_ranks_run(tmp_path, monkeypatch, example):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    (tmp_path / "example.py").write_text(ASSEMBLE_A_MODEL)
+    (tmp_path / "example.py").write_text(example)
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "example.py"))
+
+
+def _differ() -> str:
+    with communicator(dist.group.WORLD, transport="shm") as comm, pytest.raises(CollectiveMismatch) as caught:
+        comm.all_reduce(torch.ones(8, dtype=(torch.float32, torch.bfloat16)[comm.rank]), tag="layer7.mlp")
+    return str(caught.value)
+
+
+@pytest.mark.skipif(C is None, reason="needs the compiled extension")
+def test_a_mismatch_is_told_as_it_says(ranks):
+    (quoted,) = re.findall(r"^```\nCollectiveMismatch: (.*?)\n```$", TEXT, re.DOTALL | re.MULTILINE)
+    for text in ranks(2).run(_differ):
+        assert text.startswith(quoted)
 
 
 def test_pictures_and_files_that_it_names_exist():

@@ -105,6 +105,36 @@ def _schedule(argv: list[str]) -> None:
     command.run(argv)
 
 
+def _bench(argv: list[str]) -> None:
+    import multiprocessing
+
+    from tpmp_kernels.bench import command
+    from tpmp_kernels.training.interrupt import Interrupted, signals_end_ranks
+    from tpmp_kernels.training.launch import RankFailed
+
+    reached = "before the first measurement"
+
+    def progress(text: str) -> None:
+        nonlocal reached
+        if received:  # while no rank was there to be ended
+            raise Interrupted(received[0])
+        reached = text
+
+    with signals_end_ranks(set(multiprocessing.active_children())) as received:
+        try:
+            command.run(argv, progress)
+        except AssertionError as error:
+            if not received:
+                raise RankFailed(f"a rank failed {reached}", f"{error}\n") from None
+        except (EOFError, OSError, Interrupted):  # what else comes of ranks that a signal ended
+            if not received:
+                raise
+    if received:
+        interrupted = Interrupted(received[0])
+        interrupted.progress = reached
+        raise interrupted
+
+
 @dataclass(frozen=True)
 class Command:
     """A subcommand: `run` takes its arguments. Imports of torch and tyro belong inside `run`."""
@@ -117,6 +147,7 @@ class Command:
 COMMANDS = {
     "train": Command("CONFIG.toml | --resume RUN  [--section.key VALUE ...]", "train a model and prove it", _train),
     "schedule": Command("NAME --pp P --microbatches M  [options]", "prove and draw a pipeline schedule", _schedule),
+    "bench": Command("comm  [--ranks R] [--sizes S,S] [--quick]", "measure the transports on this machine", _bench),
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A GPT training step in DTensor tensor parallelism on gloo, two ranks with one thread each.
 
     python -m benchmarks.peers.dtensor_gpt                     starts its two ranks itself
+    python -m benchmarks.peers.dtensor_gpt --backend tpmp      the same program on the backend of tpmp_kernels.comm
     python -m benchmarks.peers.dtensor_gpt --loss-parallel     logits stay sharded over the vocabulary
     torchrun --nproc-per-node 2 -m benchmarks.peers.dtensor_gpt
 
@@ -9,10 +10,11 @@ tensor-parallel tutorial: column-wise then row-wise linears, row-wise embedding,
 """
 
 import argparse
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -46,8 +48,13 @@ def parameter_groups(model: torch.nn.Module) -> list[dict]:
 
 
 def train(args: argparse.Namespace) -> dict:
-    config = harness.config_of(args)
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("tp",))
+    return harness.timed_steps(stepper(args, mesh), args)
+
+
+def stepper(args: argparse.Namespace, mesh: DeviceMesh) -> Callable[[int], float]:
+    """`step(i)` trains a model of its own on batch i, tensor parallel over `mesh`, and returns the loss."""
+    config = harness.config_of(args)
     model = gpt.GPT(config, seed=args.seed)
     parallelize_module(model, mesh, plan(sharded_logits=args.loss_parallel))
     optimizer = harness.optimizer_of(parameter_groups(model), args)
@@ -61,14 +68,18 @@ def train(args: argparse.Namespace) -> dict:
         optimizer.zero_grad()
         return (loss.full_tensor() if isinstance(loss, DTensor) else loss).item()
 
-    return harness.timed_steps(step, args)
+    return step
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
     parser = harness.options(__doc__, layers=4, batch=4)
     parser.add_argument("--loss-parallel", action="store_true", help="cross entropy on logits sharded by vocabulary")
     parser.add_argument("--ranks", type=int, default=2, help="ranks to start where torchrun did not")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = options().parse_args()
     result = harness.on_ranks(train, args, args.ranks)
     if result is not None:
         harness.report("dtensor_gpt", "loss_parallel" if args.loss_parallel else "replicated logits", result, args)

@@ -1,4 +1,4 @@
-"""What the peer programs share: options, local ranks on gloo or those of torchrun, a step clock, one line of output."""
+"""What the peer programs share: options, local ranks or those of torchrun, a step clock, one line of output."""
 
 import argparse
 import atexit
@@ -31,6 +31,7 @@ def options(description: str, *, layers: int, batch: int) -> argparse.ArgumentPa
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default="gloo", help="of torch.distributed: gloo, or tpmp")
     return parser
 
 
@@ -63,7 +64,7 @@ def on_ranks(worker: Callable[[argparse.Namespace], dict], args: argparse.Namesp
     """
     if under_torchrun():
         if not dist.is_initialized():  # once: a second group would meet the first one's addresses in the store
-            dist.init_process_group("gloo", timeout=TIMEOUT)
+            _init(args.backend)
             atexit.register(dist.destroy_process_group)
         torch.set_num_threads(1)
         result = worker(args)
@@ -74,10 +75,16 @@ def on_ranks(worker: Callable[[argparse.Namespace], dict], args: argparse.Namesp
             return json.load(file)
 
 
+def _init(backend: str, **how) -> None:
+    if backend == "tpmp":
+        import tpmp_kernels.comm  # noqa: F401  registers it
+    dist.init_process_group(backend, timeout=TIMEOUT, **how)
+
+
 def _child(rank: int, worker, args, ranks: int, folder: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
+    _init(args.backend, init_method=store, rank=rank, world_size=ranks)
     torch.set_num_threads(1)
     result = worker(args)
     dist.destroy_process_group()

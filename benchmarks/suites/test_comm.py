@@ -1,127 +1,107 @@
-"""Our transports against gloo through torch.distributed: two ranks on this host, one thread each.
+"""Our backend against gloo through torch.distributed's own functions: ranks on this host, one thread each.
 
-The ceiling is one copy of the same bytes within a rank, because data has to move once at least: in both ranks at once
-for all_reduce, in one rank and then back for a message. The buffer is the same in each call, so that small sizes are
-copied within a cache; there the ceiling says how much of the time is latency.
+What contenders and the memcpy ceiling are, and how a sample is taken, is said in tpmp_kernels/bench/comm.py. The last
+case is a whole program: a training step of benchmarks/peers/dtensor_gpt.py, of which two copies on the same ranks take
+turns, one on gloo and one on tpmp.
 """
 
-import pytest
-import torch
-import torch.distributed as dist
+import functools
 
-from tpmp_kernels.bench import bus_bytes, interleave, slowest
-from tpmp_kernels.comm import communicator
+import pytest
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from benchmarks.peers import dtensor_gpt
+from tpmp_kernels.bench import Bar, Row, interleave, slowest, verdict
+from tpmp_kernels.bench.comm import CALLS, MESSAGE, ON_EMPTY, labels, timings, tpmp_group
 from tpmp_kernels.testing import RankPool
 
 SUITE = "comm"
-RANKS = 2
-SIZES = {"4 KiB": 4 << 10, "64 KiB": 64 << 10, "1 MiB": 1 << 20, "16 MiB": 16 << 20}
+KIB, MIB = 1 << 10, 1 << 20
+SIZES = [4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB]
+ALL_REDUCE, STEP = "all_reduce 2 ranks", "DTensor step 2 ranks"
+PROGRAM = "4 layers, 4x256x512"
+SIZE_NAMES = [labels("all_reduce", nbytes, 2)["shape"] for nbytes in SIZES]
+
+# Medians of one run: how many times as fast as the rival the contender is to be.
+BARS = [
+    *(Bar(ALL_REDUCE, size, "tpmp", "gloo", speed) for size, speed in zip(SIZE_NAMES, (20, 12, 6, 5, 5), strict=True)),
+    Bar(ALL_REDUCE, "16 MiB", "tpmp", "memcpy", 1 / 1.3),
+    Bar(ALL_REDUCE, "64 MiB", "tpmp", "memcpy", 1 / 1.3),
+    Bar(ALL_REDUCE, "16 MiB", ON_EMPTY, "tpmp", 1.3),
+    Bar(MESSAGE, "64 KiB", "tpmp", "gloo", 5),
+    Bar(MESSAGE, "16 MiB", "tpmp", "gloo", 2),
+    *(Bar("all_reduce 4 ranks", size, "tpmp", "gloo", 1) for size in SIZE_NAMES),
+    Bar(STEP, PROGRAM, "tpmp", "gloo", 1.15),
+]
+_rows: list[Row] = []
 
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = RankPool(RANKS)
-    yield pool
-    pool.close()
+    """`pool(ranks)`: one pool of each size, the last one alone: idle ranks must not take part in what is timed."""
+    pools: dict[int, RankPool] = {}
+
+    def of(ranks: int) -> RankPool:
+        if ranks not in pools:
+            while pools:
+                pools.popitem()[1].close()
+            pools[ranks] = RankPool(ranks)
+        return pools[ranks]
+
+    yield of
+    for each in pools.values():
+        each.close()
 
 
-def counts(nbytes: int) -> dict[str, int]:
-    """Many calls a turn where one is short, so that the clock and the barrier do not show."""
-    return {"rounds": 15, "iterations": max(4, min(100, (2 << 20) // nbytes)), "warmup": 2}
+@pytest.fixture(scope="module", autouse=True)
+def bars(request):
+    """Below the table of the session, the bars."""
+    request.config.pluginmanager.register(_Bars())
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_all_reduce(compare, pool, size):
-    nbytes = SIZES[size]
-    compare(
-        lambda: slowest(pool.run(time_all_reduce, nbytes, timeout=300)),
-        case="all_reduce 2 ranks",
-        shape=size,
-        dtype="fp32",
-        baseline="gloo",
-        ceiling="memcpy",
-        work=bus_bytes("all_reduce", nbytes, RANKS),
-        unit="B/s",
-        threads=1,
+class _Bars:
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter):
+        terminalreporter.write_line(verdict(BARS, _rows))
+
+
+CASES = [(2, call, nbytes) for call in ("all_reduce", MESSAGE) for nbytes in SIZES]
+CASES += [(2, call, nbytes) for call in CALLS if call != "all_reduce" for nbytes in (64 * KIB, 16 * MIB)]
+CASES += [(4, "all_reduce", nbytes) for nbytes in SIZES]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "call", "nbytes"), CASES, ids=[f"{ranks}-{call}-{nbytes // KIB}KiB" for ranks, call, nbytes in CASES]
+)
+def test_call(compare, pool, ranks, call, nbytes):
+    _rows.extend(
+        compare(lambda: timings(pool(ranks), call, nbytes), threads=1, **labels(call, nbytes, ranks)),
     )
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_ping_pong(compare, pool, size):
-    nbytes = SIZES[size]
-    compare(
-        lambda: slowest(pool.run(time_ping_pong, nbytes, timeout=300)),
-        case="send+recv there and back",
-        shape=size,
-        dtype="fp32",
-        baseline="gloo",
-        ceiling="memcpy",
-        work=2 * bus_bytes("send", nbytes, RANKS),
-        unit="B/s",
-        threads=1,
+def test_dtensor_step(compare, pool):
+    _rows.extend(
+        compare(
+            lambda: slowest(pool(2).run(time_steps, [], timeout=300)),
+            case=STEP,
+            shape=PROGRAM,
+            dtype="fp32",
+            baseline="gloo",
+            threads=1,
+        )
     )
 
 
-def data(rank: int, nbytes: int) -> torch.Tensor:
-    """Random values so small that the sums of a whole turn, each twice the last, stay finite and normal."""
-    generator = torch.Generator().manual_seed(rank)
-    return 2.0**-90 * (1 + torch.rand(nbytes // 4, generator=generator))
-
-
-def time_all_reduce(nbytes: int) -> dict:
-    """What each rank runs: check the sum of both contenders, then time them on a buffer that every turn restores."""
-    source = data(dist.get_rank(), nbytes)
-    buffer, copy = source.clone(), torch.empty_like(source)
-    expected = sum(data(rank, nbytes) for rank in range(RANKS))
-    with communicator(dist.group.WORLD, transport="shm") as comm:
-        contenders = {
-            "gloo": lambda: dist.all_reduce(buffer),
-            "tpmp shm": lambda: comm.all_reduce(buffer),
-        }
-
-        def restore():
-            buffer.copy_(source)
-            dist.barrier()
-
-        for name, call in contenders.items():
-            restore()
-            call()
-            if not torch.equal(buffer, expected):  # two terms have one sum, whatever the order
-                raise AssertionError(f"{name}: all_reduce of {nbytes} bytes is not the sum of both ranks")
-        contenders["memcpy"] = lambda: copy.copy_(buffer)
-        return interleave(contenders, before=restore, **counts(nbytes))
-
-
-def time_ping_pong(nbytes: int) -> dict:
-    """What each rank runs: rank 0 sends and gets the message back from rank 1, through another buffer."""
-    rank, peer = dist.get_rank(), 1 - dist.get_rank()
-    source = data(0, nbytes)
-    outgoing, incoming = (source.clone() if rank == 0 else torch.empty_like(source)), torch.empty_like(source)
-    with communicator(dist.group.WORLD, transport="shm") as comm:
-        contenders = {
-            "gloo": lambda: _there_and_back(rank, peer, dist.send, dist.recv, outgoing, incoming),
-            "tpmp shm": lambda: _there_and_back(rank, peer, comm.send, comm.recv, outgoing, incoming),
-        }
-        for name, call in contenders.items():
-            incoming.fill_(float("nan"))
-            call()
-            if not torch.equal(incoming, source):
-                raise AssertionError(f"{name}: a message of {nbytes} bytes came back changed")
-        contenders["memcpy"] = lambda: _copy_twice(rank, source, outgoing, incoming)
-        return interleave(contenders, before=dist.barrier, **counts(nbytes))
-
-
-def _there_and_back(rank: int, peer: int, send, recv, outgoing, incoming) -> None:
-    if rank == 0:
-        send(outgoing, peer)
-        recv(incoming, peer)
-    else:
-        recv(incoming, peer)
-        send(incoming, peer)
-
-
-def _copy_twice(rank: int, source, first, second) -> None:
-    """One copy a way, while the peer waits as it does for a message."""
-    if rank == 0:
-        first.copy_(source)
-        second.copy_(first)
+def time_steps(options: list[str]) -> dict:
+    """What each rank runs: the same steps of two models that start alike, each in a mesh of its own."""
+    args = dtensor_gpt.options().parse_args(options)
+    groups = {"gloo": dist.new_group(backend="gloo"), "tpmp": tpmp_group()}
+    steps, losses = {}, {}
+    for name, group in groups.items():
+        step = dtensor_gpt.stepper(args, DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",)))
+        losses[name] = [step(i) for i in range(2)]
+        steps[name] = functools.partial(step, 2)
+    if losses["tpmp"] != pytest.approx(losses["gloo"], rel=1e-4):
+        raise AssertionError(f"tpmp: the losses of the first steps are {losses['tpmp']}, on gloo {losses['gloo']}")
+    return interleave(steps, before=dist.barrier, rounds=args.steps, iterations=1, warmup=1)

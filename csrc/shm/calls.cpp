@@ -10,8 +10,11 @@ namespace tpmp::shm {
 
 namespace {
 
-const char* const kKinds[] = {"?", "all_reduce", "barrier", "send", "recv"};
-const char* const kDTypes[] = {"?", "fp64", "fp32", "bf16", "fp16", "int64", "int32", "uint8", "int16", "int8", "bool"};
+const char* const kKinds[] = {"?",         "barrier",    "all_reduce", "reduce", "reduce_scatter", "all_gather",
+                              "broadcast", "all_to_all", "scatter",    "gather", "send",           "recv"};
+const char* const kDTypes[] = {"?",      "fp64",   "fp32",   "bf16",      "fp16",       "int64",   "int32",   "int16",   "int8",
+                               "uint8",  "bool",   "uint16", "uint32",    "uint64",     "complex64", "complex128",
+                               "fp8 e4m3", "fp8 e5m2"};
 const char* const kOps[] = {"", "sum", "avg", "max", "min", "prod"};
 
 uint64_t mix(uint64_t hash, uint64_t value) {  // one round of a multiply-xorshift hash
@@ -87,6 +90,7 @@ std::string words(const Call& call) {
   if (call.kind != Kind::barrier)
     text += std::string(" ") + kDTypes[size_t(call.dtype) < std::size(kDTypes) ? size_t(call.dtype) : 0] + "[" +
             std::to_string(call.numel) + "]";
+  if (call.kind < Kind::send && call.peer >= 0) text += " of root " + std::to_string(call.peer);
   if (call.kind == Kind::send) text += " to rank " + std::to_string(call.peer);
   if (call.kind == Kind::recv) text += " from rank " + std::to_string(call.peer);
   if (!call.tag.empty()) text += " '" + std::string(call.tag) + "'";
@@ -103,7 +107,7 @@ std::string differing(const Call& a, const Call& b) {
   add(a.dtype != b.dtype, "dtype");
   add(a.numel != b.numel, "count");
   add(a.op != b.op, "reduce op");
-  add(a.peer != b.peer && !transfers, "peer");
+  add(a.peer != b.peer && !transfers, "root");
   add(a.tag.substr(0, kTagBytes) != b.tag.substr(0, kTagBytes), "tag");
   return fields.empty() ? "tag, beyond its first bytes" : fields;
 }
@@ -143,6 +147,12 @@ void record_done(RankControl& control, uint64_t seq) {
   if (record.seq.load(std::memory_order_acquire) != seq) return;  // a transfer outlived by 64 later calls
   record.end_ns.store(now_ns(), std::memory_order_relaxed);
   record.what.fetch_or(1u << 24, std::memory_order_release);
+}
+
+std::string call_words(const RankControl& control, uint64_t seq) {
+  Seen seen;
+  if (!read_record(control.ops[seq % kOpRecords], seq, seen)) return "call #" + std::to_string(seq);
+  return numbered_words(seen);
 }
 
 std::string record_words(const RankControl& control, int rank) {

@@ -13,7 +13,7 @@ struct Call {
   Kind kind;
   DType dtype = DType::u8;
   ReduceOp op = ReduceOp::none;
-  int peer = -1;  // of send and recv
+  int peer = -1;  // of send and recv; the root of a collective that has one
   uint64_t numel = 0;
   std::string_view tag;
 };
@@ -31,5 +31,6 @@ Call call_in(const SlotHeader& slot);                         // the tag is its 
 uint64_t record_start(RankControl& control, const Call& call);   // returns the call's number
 void record_done(RankControl& control, uint64_t seq);
 std::string record_words(const RankControl& control, int rank);  // one line: what the rank does and did last
+std::string call_words(const RankControl& control, uint64_t seq);  // of one call, where its record still stands
 
 }  // namespace tpmp::shm

@@ -1,9 +1,11 @@
-// Collectives in rounds. In a round every rank publishes one slot, then reads the slots of all. Slots alternate: who
-// publishes round k + 1 has read round k, so that the slot of round k + 2 is free without another barrier.
+// What each collective publishes in its rounds, and what it reads. Two forms: all ranks read the same part of a slot,
+// or a slot has a lane for each rank. All but the small all_reduce go through in pieces that stay in the caches.
+#include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "shm/reduce.hpp"
-#include "shm/transport.hpp"
+#include "shm/rounds.hpp"
 
 namespace tpmp::shm {
 
@@ -12,142 +14,270 @@ namespace {
 constexpr size_t kOneShotBytes = 64 << 10;  // below it one round that reads everything beats two rounds that share it
 
 size_t one_shot_limit(int ranks) { return kOneShotBytes * 2 / size_t(ranks); }
+uint64_t pieces(uint64_t bytes, uint64_t each) { return std::max<uint64_t>(1, (bytes + each - 1) / each); }
+size_t down(size_t value, size_t to) { return value / to * to; }
 
-struct Slice {
-  size_t begin, count;
+struct Span {
+  size_t begin, bytes;
 };
 
-// The elements of a chunk that `rank` reduces; boundaries on cache lines.
-Slice slice_of(size_t numel, int ranks, int rank, size_t element) {
-  const size_t grain = kLine / element;
-  const size_t each = (numel + size_t(ranks) * grain - 1) / (size_t(ranks) * grain) * grain;
-  const size_t begin = std::min(numel, each * size_t(rank));
-  return {begin, std::min(each, numel - begin)};
+// Piece k of `total` bytes.
+Span piece_of(uint64_t total, uint64_t each, uint64_t k) {
+  const uint64_t begin = std::min(total, each * k);
+  return {begin, std::min(each, total - begin)};
+}
+
+// The bytes of a piece that `rank` reduces; boundaries on cache lines.
+Span slice_of(size_t bytes, int ranks, int rank) {
+  const size_t each = (bytes + size_t(ranks) * kLine - 1) / (size_t(ranks) * kLine) * kLine;
+  return piece_of(bytes, each, uint64_t(rank));
+}
+
+struct Sources {
+  std::array<const void*, kMaxWorld> of;
+  void reduce(const Rounds& r, size_t bytes, void* out) const {
+    reduce_tree(of.data(), r.size, bytes / r.element, r.call.dtype, r.call.op, out);
+  }
+};
+
+const char* input(const Rounds& r) { return static_cast<const char*>(r.call.input); }
+char* output(const Rounds& r) { return static_cast<char*>(r.call.output); }
+
+void copy_unless_same(char* to, const char* from, size_t bytes) {
+  if (to != from) std::memcpy(to, from, bytes);
+}
+
+// ---- all ranks read the same part
+
+// Every rank publishes all of its data and reduces all of it. Copied even out of a heap: the result goes where the
+// input is, while peers still read.
+void one_shot(Rounds& r) {
+  const size_t bytes = r.call.numel * r.element;
+  r.run(
+      1, false, [&](uint64_t, uint64_t round) { r.copy(round, input(r), bytes, 0); },
+      [&](uint64_t, uint64_t round) {
+        Sources sources;
+        for (int i = 0; i < r.size; ++i) sources.of[i] = r.source(i, round);
+        sources.reduce(r, bytes, output(r));
+      });
+}
+
+// Reduce-scatter and all-gather in one stream: a round carries the inputs of one piece and the results of an earlier
+// one. Each rank reduces its slice of a piece, where it stands: nobody else reads that slice of it as an input.
+void two_shot(Rounds& r) {
+  const size_t total = r.call.numel * r.element;
+  const size_t inputs = down(r.capacity * size_t(r.size) / size_t(r.size + 1), kLine * size_t(r.size)) - kLine * size_t(r.size);
+  const uint64_t count = pieces(total, inputs);
+  const bool ahead = count > 2;
+  const uint64_t lag = ahead ? 2 : 1;  // rounds between the inputs of a piece and its results
+  char* const data = output(r);
+  if (r.call.input != data) std::memcpy(data, r.call.input, total);
+
+  const auto publish = [&](uint64_t k, uint64_t round) {
+    const Span piece = piece_of(total, inputs, k);
+    if (r.lends(data, total)) return r.lend(round, data);
+    if (k < count) {
+      const Span own = slice_of(piece.bytes, r.size, r.rank);
+      const char* from = data + piece.begin;
+      r.copy(round, from, own.begin, 0);
+      r.copy(round, from + own.begin + own.bytes, piece.bytes - own.begin - own.bytes, own.begin + own.bytes);
+    }
+    if (k >= lag) {
+      const Span past = piece_of(total, inputs, k - lag), own = slice_of(past.bytes, r.size, r.rank);
+      r.copy(round, data + past.begin + own.begin, own.bytes, inputs);
+    }
+  };
+  const auto read = [&](uint64_t k, uint64_t round) {
+    if (k < count) {
+      const Span piece = piece_of(total, inputs, k), own = slice_of(piece.bytes, r.size, r.rank);
+      Sources sources;
+      for (int i = 0; i < r.size; ++i)
+        sources.of[i] = i == r.rank ? data + piece.begin + own.begin
+                                    : r.source(i, round) + own.begin + (r.lent(i, round) ? piece.begin : 0);
+      sources.reduce(r, own.bytes, data + piece.begin + own.begin);
+    }
+    if (k < lag) return;
+    const Span past = piece_of(total, inputs, k - lag);
+    for (int i = 0; i < r.size; ++i) {
+      const Span theirs = slice_of(past.bytes, r.size, i);
+      if (i == r.rank) continue;
+      const size_t at = r.lent(i, round) ? past.begin + theirs.begin : inputs;
+      std::memcpy(data + past.begin + theirs.begin, r.source(i, round) + at, theirs.bytes);
+    }
+  };
+  r.run(count + lag, ahead, publish, read);
+}
+
+void all_reduce(Rounds& r) { r.call.numel * r.element <= one_shot_limit(r.size) ? one_shot(r) : two_shot(r); }
+
+// Every rank publishes its input (the root alone in a broadcast), piece by piece; `read(round, piece)` takes it.
+void common(Rounds& r, const std::function<void(uint64_t, Span)>& read) {
+  const size_t total = r.call.numel * r.element, each = down(r.capacity, kLine);
+  const uint64_t count = pieces(total, each);
+  r.run(
+      count, count > 1,
+      [&](uint64_t k, uint64_t round) {
+        const Span piece = piece_of(total, each, k);
+        if (r.call.input != nullptr) r.lend_or_copy(round, input(r) + piece.begin, piece.bytes);
+      },
+      [&](uint64_t k, uint64_t round) { read(round, piece_of(total, each, k)); });
+}
+
+void reduce(Rounds& r) {
+  common(r, [&](uint64_t round, Span piece) {
+    if (r.rank != r.call.root) return;
+    Sources sources;
+    for (int i = 0; i < r.size; ++i)
+      sources.of[i] = i == r.rank ? input(r) + piece.begin : r.source(i, round);
+    sources.reduce(r, piece.bytes, output(r) + piece.begin);
+  });
+}
+
+void broadcast(Rounds& r) {
+  common(r, [&](uint64_t round, Span piece) {
+    if (r.rank != r.call.root) std::memcpy(output(r) + piece.begin, r.source(r.call.root, round), piece.bytes);
+  });
+}
+
+// all_gather, and gather on its root.
+void gather(Rounds& r) {
+  const size_t part = r.call.numel * r.element;
+  common(r, [&](uint64_t round, Span piece) {
+    if (r.call.output == nullptr) return;
+    for (int i = 0; i < r.size; ++i) {
+      const char* from = i == r.rank ? input(r) + piece.begin : r.source(i, round);
+      copy_unless_same(output(r) + size_t(i) * part + piece.begin, from, piece.bytes);
+    }
+  });
+}
+
+// ---- a lane for each rank
+
+// Where a lane's piece lies in the slot or in the heap, and the bytes of the whole part, to be compared.
+struct Lane {
+  uint64_t place, bytes, total;
+};
+
+struct Parts {
+  std::vector<uint64_t> begin, bytes;  // by rank, of the input or the output
+
+  Parts(const Rounds& r, const std::vector<uint64_t>& splits) {
+    uint64_t at = 0;
+    for (int i = 0; i < r.size; ++i) {
+      begin.push_back(at);
+      bytes.push_back((splits.empty() ? r.call.numel : splits[i]) * r.element);
+      at += bytes.back();
+    }
+  }
+  uint64_t largest() const { return *std::max_element(bytes.begin(), bytes.end()); }
+};
+
+size_t lane_bytes(const Rounds& r) {
+  return down((r.capacity - sizeof(Lane) * size_t(r.size)) / size_t(r.size) - kLine, kLine);
+}
+
+void publish_lanes(Rounds& r, const Parts& in, uint64_t k, uint64_t round) {
+  const size_t each = lane_bytes(r), table = (sizeof(Lane) * size_t(r.size) + kLine - 1) / kLine * kLine;
+  Lane* lanes = reinterpret_cast<Lane*>(r.slot(r.rank, round).payload());
+  const bool lends = r.lends(input(r), in.begin.back() + in.bytes.back());
+  if (lends) r.lend(round, input(r));
+  for (int i = 0; i < r.size; ++i) {
+    const Span piece = piece_of(in.bytes[i], each, k);
+    lanes[i] = {lends ? in.begin[i] + piece.begin : table + size_t(i) * each, piece.bytes, in.bytes[i]};
+    if (!lends && i != r.rank) r.copy(round, input(r) + in.begin[i] + piece.begin, piece.bytes, lanes[i].place);
+  }
+}
+
+// The piece that `rank` has for this one. `expected`: bytes of the whole part.
+const char* lane(Rounds& r, int rank, uint64_t round, uint64_t expected) {
+  const Lane& mine = reinterpret_cast<const Lane*>(r.slot(rank, round).payload())[r.rank];
+  if (mine.total != expected)
+    r.fail(-1, "rank " + std::to_string(rank) + " has " + std::to_string(mine.total / r.element) +
+                   " elements for rank " + std::to_string(r.rank) + ", which expects " +
+                   std::to_string(expected / r.element) + "; they differ in count");
+  return (r.lent(rank, round) ? r.source(rank, round) : r.slot(rank, round).payload()) + mine.place;
+}
+
+void reduce_scatter(Rounds& r) {
+  const Parts in(r, {});
+  const size_t each = lane_bytes(r), total = in.bytes[0];
+  const uint64_t count = pieces(total, each);
+  r.run(
+      count, count > 1, [&](uint64_t k, uint64_t round) { publish_lanes(r, in, k, round); },
+      [&](uint64_t k, uint64_t round) {
+        const Span piece = piece_of(total, each, k);
+        Sources sources;
+        for (int i = 0; i < r.size; ++i)
+          sources.of[i] = i == r.rank ? input(r) + in.begin[i] + piece.begin : lane(r, i, round, total);
+        sources.reduce(r, piece.bytes, output(r) + piece.begin);
+      });
+}
+
+void scatter(Rounds& r) {
+  const Parts in(r, {});
+  const size_t each = lane_bytes(r), total = in.bytes[0];
+  const uint64_t count = pieces(total, each);
+  const bool root = r.rank == r.call.root;
+  r.run(
+      count, count > 1,
+      [&](uint64_t k, uint64_t round) {
+        if (root) publish_lanes(r, in, k, round);
+      },
+      [&](uint64_t k, uint64_t round) {
+        const Span piece = piece_of(total, each, k);
+        const char* from = root ? input(r) + in.begin[r.rank] + piece.begin : lane(r, r.call.root, round, total);
+        copy_unless_same(output(r) + piece.begin, from, piece.bytes);
+      });
+}
+
+// With uneven parts only all ranks together know how many rounds there are: a first round tells.
+uint64_t agreed_rounds(Rounds& r, uint64_t own) {
+  uint64_t most = own;
+  r.run(
+      1, false, [&](uint64_t, uint64_t round) { r.slot(r.rank, round).rounds = own; },
+      [&](uint64_t, uint64_t round) {
+        for (int i = 0; i < r.size; ++i) most = std::max(most, r.slot(i, round).rounds);
+      });
+  return most;
+}
+
+void all_to_all(Rounds& r) {
+  const Parts in(r, r.call.input_splits), out(r, r.call.output_splits);
+  const size_t each = lane_bytes(r);
+  uint64_t count = pieces(in.largest(), each);
+  if (!r.call.input_splits.empty()) count = agreed_rounds(r, count);
+  r.run(
+      count, count > 1, [&](uint64_t k, uint64_t round) { publish_lanes(r, in, k, round); },
+      [&](uint64_t k, uint64_t round) {
+        for (int i = 0; i < r.size; ++i) {
+          const char* from = lane(r, i, round, out.bytes[i]);
+          const Span piece = piece_of(out.bytes[i], each, k);
+          if (i == r.rank) from = input(r) + in.begin[i] + piece.begin;
+          std::memcpy(output(r) + out.begin[i] + piece.begin, from, piece.bytes);
+        }
+      });
+}
+
+void barrier(Rounds& r) {
+  const auto nothing = [](uint64_t, uint64_t) {};
+  r.run(1, false, nothing, nothing);
 }
 
 }  // namespace
 
-struct ShmTransport::Collective {
-  const Call& call;
-  const uint64_t print, id;
-  CallerWatch watch;
-};
-
-void ShmTransport::run_collective(const Call& call, double timeout, const std::function<void(Collective&)>& body) {
-  check_usable(call);
-  const std::lock_guard<std::mutex> lock(collective_mutex_);
-  RankControl& control = segment_->control(rank_);
-  const uint64_t seq = record_start(control, call);
-  const auto awaited = [this](int peer) {
-    return segment_->collective_slot(peer, round_).seq.load(std::memory_order_acquire) != round_;
-  };
-  Collective c{call, fingerprint(call), ++collective_id_, {*this, call, seq, timeout, awaited}};
-  body(c);
-  record_done(control, seq);
-}
-
-void ShmTransport::all_reduce(void* data, uint64_t numel, DType dtype, ReduceOp op, const std::string& tag,
-                              double timeout) {
-  const Call call{Kind::all_reduce, dtype, op, -1, numel, tag};
-  const size_t element = element_bytes(dtype), chunk = segment_->header().collective_bytes / element;
-  char* bytes = static_cast<char*>(data);
-  run_collective(call, timeout, [&](Collective& c) {
-    if (numel * element <= one_shot_limit(size_)) return one_shot(c, bytes, numel);
-    for (size_t at = 0; at < numel; at += chunk) two_shot(c, bytes + at * element, std::min(chunk, numel - at));
-  });
-}
-
-void ShmTransport::barrier(const std::string& tag, double timeout) {
-  const Call call{Kind::barrier, DType::u8, ReduceOp::none, -1, 0, tag};
-  run_collective(call, timeout, [&](Collective& c) {
-    publish(c, open_round(), 0, 0);
-    await_round(c);
-  });
-}
-
-// Every rank publishes all of its data and reduces all of it.
-void ShmTransport::one_shot(Collective& c, char* data, size_t numel) {
-  const size_t bytes = numel * element_bytes(c.call.dtype);
-  SlotHeader& mine = open_round();
-  std::memcpy(mine.payload(), data, bytes);
-  publish(c, mine, bytes, 0);
-  await_round(c);
-  std::array<const void*, kMaxWorld> sources;
-  for (int r = 0; r < size_; ++r) sources[r] = segment_->collective_slot(r, round_).payload();
-  reduce_tree(sources.data(), size_, numel, c.call.dtype, c.call.op, data);
-}
-
-// Reduce-scatter, then all-gather, of one chunk: each rank reduces its slice and publishes the result.
-void ShmTransport::two_shot(Collective& c, char* data, size_t numel) {
-  const size_t element = element_bytes(c.call.dtype), bytes = numel * element;
-  const Slice own = slice_of(numel, size_, rank_, element);
-  const size_t begin = own.begin * element, end = begin + own.count * element;
-  SlotHeader& inputs = open_round();
-  std::memcpy(inputs.payload(), data, begin);  // the own slice stays where it is: nobody else reads it
-  std::memcpy(inputs.payload() + end, data + end, bytes - end);
-  publish(c, inputs, bytes, 0);
-  await_round(c);
-  std::array<const void*, kMaxWorld> sources;
-  for (int r = 0; r < size_; ++r) sources[r] = segment_->collective_slot(r, round_).payload() + begin;
-  sources[rank_] = data + begin;
-
-  SlotHeader& result = open_round();
-  reduce_tree(sources.data(), size_, own.count, c.call.dtype, c.call.op, result.payload());
-  publish(c, result, end - begin, begin);
-  await_round(c);
-  for (int r = 0; r < size_; ++r) {
-    const Slice slice = slice_of(numel, size_, r, element);
-    std::memcpy(data + slice.begin * element, segment_->collective_slot(r, round_).payload(), slice.count * element);
+void carry_out(Rounds& r) {
+  switch (r.call.kind) {
+    case Kind::barrier: barrier(r); break;
+    case Kind::all_reduce: all_reduce(r); break;
+    case Kind::reduce: reduce(r); break;
+    case Kind::reduce_scatter: reduce_scatter(r); break;
+    case Kind::all_gather: case Kind::gather: gather(r); break;
+    case Kind::broadcast: broadcast(r); break;
+    case Kind::all_to_all: all_to_all(r); break;
+    case Kind::scatter: scatter(r); break;
+    case Kind::send: case Kind::recv: break;  // transfers are not collectives
   }
-}
-
-SlotHeader& ShmTransport::open_round() { return segment_->collective_slot(rank_, ++round_); }
-
-void ShmTransport::publish(Collective& c, SlotHeader& slot, size_t bytes, size_t offset) {
-  describe(slot, c.call, c.print);
-  slot.op_id = c.id;
-  slot.bytes = bytes;
-  slot.offset = offset;
-  slot.seq.store(round_, std::memory_order_release);
-  ring_others();
-}
-
-void ShmTransport::await_round(Collective& c) {
-  int next = 0;  // ranks below it have arrived
-  caller_wait(*this, c.watch, spin_ns_, [&] {
-    for (; next < size_; ++next)
-      if (segment_->collective_slot(next, round_).seq.load(std::memory_order_acquire) != round_) return false;
-    return true;
-  });
-  check_round(c);
-}
-
-// Before any payload is touched. The group's majority is right where there is one, so that the odd rank is named.
-void ShmTransport::check_round(const Collective& c) {
-  const auto slot = [&](int rank) -> const SlotHeader& { return segment_->collective_slot(rank, round_); };
-  const auto agrees = [&](int a, int b) {
-    return slot(a).fingerprint == slot(b).fingerprint && slot(a).op_id == slot(b).op_id;
-  };
-  int odd = -1;
-  for (int r = 0; r < size_ && odd < 0; ++r)
-    if (!agrees(r, rank_)) odd = r;
-  if (odd < 0) return;
-  const auto votes = [&](int rank) {
-    int count = 0;
-    for (int r = 0; r < size_; ++r) count += agrees(r, rank);
-    return count;
-  };
-  int right = 0, wrong = -1;
-  for (int r = 1; r < size_; ++r)
-    if (votes(r) > votes(right)) right = r;
-  for (int r = 0; r < size_; ++r)
-    if (!agrees(r, right) && wrong < 0) wrong = r;
-  const bool alone = size_ > 2 && votes(right) == size_ - 1;
-  const Call a = call_in(slot(right)), b = call_in(slot(wrong));
-  const std::string calls = "rank " + std::to_string(wrong) + " called " + words(b) + ", but rank " +
-                            std::to_string(right) + " called " + words(a) + "; they differ in " + differing(a, b);
-  poison(ErrorCode::mismatch, alone ? wrong : -1, calls);
-  c.watch.glance();
+  r.finish();
 }
 
 }  // namespace tpmp::shm

@@ -135,7 +135,6 @@ SegmentServer::SegmentServer(int world) : address_(random_hex()), nonce_(random_
 
 SegmentServer::~SegmentServer() {
   if (listener_ >= 0) ::close(listener_);
-  if (segment_ != nullptr) segment_->close_fd();
 }
 
 void SegmentServer::serve(double seconds) {

@@ -99,6 +99,12 @@ void reduce_tree(const void* const* sources, int ranks, size_t count, DType dtyp
     case DType::i32:
       if (op == ReduceOp::max || op == ReduceOp::min) return reduce_typed<int32_t>(sources, ranks, count, op, out);
       return reduce_typed<uint32_t>(sources, ranks, count, op, out);
+    case DType::i16:
+      if (op == ReduceOp::max || op == ReduceOp::min) return reduce_typed<int16_t>(sources, ranks, count, op, out);
+      return reduce_typed<uint16_t>(sources, ranks, count, op, out);
+    case DType::i8:
+      if (op == ReduceOp::max || op == ReduceOp::min) return reduce_typed<int8_t>(sources, ranks, count, op, out);
+      return reduce_typed<uint8_t>(sources, ranks, count, op, out);
     case DType::u8: return reduce_typed<uint8_t>(sources, ranks, count, op, out);
     default: return;
   }

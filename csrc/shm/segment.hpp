@@ -1,11 +1,16 @@
 // The layout of the shared segment and its mapping. Sizes and offsets stand in the header, so that they may be tuned
 // freely; a change of any struct below needs a new ABI string (tpmp_kernels/comm/_ext.py).
 //
-//   header | control block of each rank | two collective slots of each rank | ring of p2p slots of each ordered pair
+//   header | control block of each rank | collective slots of each rank | ring of p2p slots of each ordered pair
+//          | heap of each rank
+//
+// The file has its full size from the start and is sealed against any change of it. All before the heaps is reserved
+// at once; a heap is a hole that its rank fills as it allocates, so that segments grow although they are sealed.
 #pragma once
 
 #include <pthread.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -20,7 +25,7 @@ constexpr size_t kPage = 4096;
 constexpr uint64_t kMagic = 0x746e656d67655354;
 constexpr int kMaxWorld = 64;
 constexpr int kOpRecords = 64;   // last operations kept of each rank
-constexpr int kCollectiveSlots = 2;
+constexpr int kCollectiveSlots = 4;  // rounds.cpp says why
 constexpr size_t kTagBytes = 64;
 constexpr size_t kTextBytes = 6144;
 
@@ -37,7 +42,8 @@ struct Layout {
   uint64_t control_offset, control_stride;
   uint64_t collective_offset, collective_stride, collective_bytes;            // stride of a slot, payload of a slot
   uint64_t pair_offset, pair_stride, p2p_stride, p2p_bytes, p2p_slots;        // stride of a pair, of a slot, ...
-  uint64_t reserved[16];
+  uint64_t heap_offset, heap_bytes;                                           // bytes of one rank's, mostly a hole
+  uint64_t reserved[14];
 };
 
 struct alignas(kLine) SegmentHeader : Layout {
@@ -54,6 +60,15 @@ struct alignas(kLine) OpRecord {
   uint64_t reserved[4];
 };
 
+// What the caller's thread of a rank sleeps for, so that ranks which wait for each other are found (deadlock.cpp).
+struct alignas(kLine) Waiting {
+  std::atomic<uint64_t> version;   // odd while it waits
+  std::atomic<int64_t> since_ns;   // kNever while it does not
+  std::atomic<uint64_t> seq;       // of its call
+  std::atomic<uint64_t> what;      // kind in byte 0; peer in bytes 4-7
+  std::atomic<uint64_t> number;    // of the collective, or of the message in its ordered pair
+};
+
 struct alignas(kLine) RankControl {
   // Robust mutex held for life by the rank's keeper thread: the kernel marks its word when the owner dies, and peers
   // read that mark with a plain load.
@@ -63,7 +78,9 @@ struct alignas(kLine) RankControl {
   alignas(kLine) std::atomic<uint32_t> doorbell;   // the one futex word that this rank sleeps on
   alignas(kLine) std::atomic<uint32_t> sleepers;   // threads of this rank that sleep on it, or are about to
   alignas(kLine) std::atomic<uint64_t> op_count;
-  uint64_t reserved[32];
+  std::atomic<uint64_t> collectives;               // called so far, posted ones among them
+  uint64_t reserved[30];
+  Waiting waiting;
   char poison_text[kTextBytes];                    // written before the poison word names this rank as reporter
   OpRecord ops[kOpRecords];
 };
@@ -80,13 +97,16 @@ struct alignas(kLine) SlotHeader {
   uint32_t crc;               // for integrity checking
   uint32_t tag_bytes;
   char tag[kTagBytes];        // its beginning, for messages
-  uint64_t reserved[8];
+  uint64_t lent;              // 0, or 1 + the offset in its rank's heap where the data lies instead of here
+  uint64_t rounds;            // that this rank needs, where only all together know how many there are
+  uint64_t reserved[6];
   char* payload() { return reinterpret_cast<char*>(this + 1); }
 };
 
 struct alignas(kLine) PairControl {
   std::atomic<uint64_t> consumed;  // pieces that the receiver has taken: the sender's credit
-  uint64_t reserved[7];
+  std::atomic<uint64_t> sends, recvs;  // posted so far, by the sender and by the receiver
+  uint64_t reserved[5];
 };
 
 static_assert(sizeof(SlotHeader) == 192 && sizeof(OpRecord) == 128 && sizeof(PairControl) == 64);
@@ -104,6 +124,7 @@ struct Poison {
 };
 
 // A sealed memfd mapped into this process; unmapped with the last owner. The kernel frees it with the last mapping.
+// Heaps are mapped one by one, when they are first used.
 class Segment {
  public:
   static std::shared_ptr<Segment> create(int world, const uint8_t nonce[16]);  // keeps the fd for the handoff
@@ -113,7 +134,6 @@ class Segment {
   Segment& operator=(const Segment&) = delete;
 
   int fd() const { return fd_; }
-  void close_fd();
   int world() const { return int(header().world); }
   SegmentHeader& header() const { return *reinterpret_cast<SegmentHeader*>(base_); }
   RankControl& control(int rank) const {
@@ -131,12 +151,16 @@ class Segment {
     char* ring = reinterpret_cast<char*>(&pair(src, dst) + 1);
     return *reinterpret_cast<SlotHeader*>(ring + piece % header().p2p_slots * header().p2p_stride);
   }
+  char* heap(int rank);  // its first byte
+  bool in_heap(int rank, const void* data, size_t bytes) const;  // of a heap that this process has mapped
+  void reserve(int rank, uint64_t offset, uint64_t bytes);       // memory for a part of a heap
 
  private:
-  Segment(int fd, char* base, size_t bytes) : fd_(fd), base_(base), bytes_(bytes) {}
-  int fd_;
-  char* base_;
-  size_t bytes_;
+  explicit Segment(int fd) : fd_(fd) {}
+  const int fd_;
+  char* base_ = nullptr;
+  size_t bytes_ = 0;  // mapped at base_: all but the heaps
+  std::array<std::atomic<char*>, kMaxWorld> heaps_{};
 };
 
 [[noreturn]] void throw_errno(const std::string& what);  // transport_error{system} with the text of errno

@@ -1,7 +1,9 @@
 // Point-to-point: messages of an ordered pair stream in pieces through the pair's ring, in the order of posting. A
 // piece may be written while the receiver has consumed all but the ring's length of those before it (its credit).
+// A long message that lies in the sender's heap is one piece, which says where it is; it is done when it was taken.
 #include <cstring>
 
+#include "failpoint.hpp"
 #include "shm/transport.hpp"
 
 namespace tpmp::shm {
@@ -13,7 +15,8 @@ struct Transfer {
   size_t bytes;
   uint64_t print;
   uint64_t seq;           // number in the record of operations
-  uint64_t message = 0;   // number in its pair, from 1, once begun
+  uint64_t message = 0;   // number in its pair, from 1
+  uint64_t piece = 0;     // of a lent send
   size_t moved = 0;
   std::atomic<bool> done{false};
 };
@@ -53,7 +56,10 @@ std::shared_ptr<Work> ShmTransport::post(const Call& call, char* data, bool wait
   transfer->seq = record_start(segment_->control(rank_), call);
   {
     const std::lock_guard<std::mutex> lock(progress_mutex_);
-    (call.kind == Kind::send ? out_ : in_)[call.peer].queue.push_back(transfer);
+    const bool sends = call.kind == Kind::send;
+    (sends ? out_ : in_)[call.peer].queue.push_back(transfer);
+    auto& posted = sends ? segment_->pair(rank_, call.peer).sends : segment_->pair(call.peer, rank_).recvs;
+    transfer->message = posted.fetch_add(1, std::memory_order_release) + 1;
     pending_.fetch_add(1);
   }
   progress();
@@ -64,7 +70,8 @@ std::shared_ptr<Work> ShmTransport::post(const Call& call, char* data, bool wait
 void ShmTransport::await(const Transfer& transfer, double timeout) {
   if (transfer.done.load(std::memory_order_acquire)) return;
   check_usable(transfer.call);
-  CallerWatch watch(*this, transfer.call, transfer.seq, timeout, [&](int peer) { return peer == transfer.call.peer; });
+  CallerWatch watch(*this, transfer.call, transfer.seq, transfer.message, timeout,
+                    [&](int peer) { return peer == transfer.call.peer; });
   struct Inline {
     ShmTransport& t;
     explicit Inline(ShmTransport& t) : t(t) { t.inline_waiters_.fetch_add(1); }
@@ -76,7 +83,7 @@ void ShmTransport::await(const Transfer& transfer, double timeout) {
     }
   };
   const Inline here(*this);
-  caller_wait(*this, watch, spin_ns_, [&] {
+  watched_wait(*this, watch, spin_ns_, [&] {
     progress();
     return transfer.done.load(std::memory_order_acquire);
   });
@@ -97,9 +104,13 @@ void ShmTransport::progress() {
   const std::lock_guard<std::mutex> lock(progress_mutex_);
   for (int peer = 0; peer < size_; ++peer) {
     if (poisoned() || closed_.load()) return;  // the buffers are their owners' again
-    if (!out_[peer].queue.empty() && push(peer)) ring(doorbell(peer));
+    if ((!out_[peer].queue.empty() || !out_[peer].lent.empty()) && push(peer)) ring(doorbell(peer));
     if (!in_[peer].queue.empty() && pull(peer)) ring(doorbell(peer));
   }
+}
+
+bool ShmTransport::lends(const Transfer& transfer) const {
+  return transfer.bytes > segment_->header().p2p_bytes && segment_->in_heap(rank_, transfer.data, transfer.bytes);
 }
 
 // Writes as many pieces as there is credit for; true where at least one was published.
@@ -107,19 +118,29 @@ bool ShmTransport::push(int dst) {
   Lane& lane = out_[dst];
   const SegmentHeader& h = segment_->header();
   const uint64_t consumed = segment_->pair(rank_, dst).consumed.load(std::memory_order_acquire);
+  for (size_t left = lane.lent.size(); left > 0 && lane.lent.front()->piece < consumed; --left) finish(lane.lent);
   const uint64_t first = lane.piece, end = consumed + h.p2p_slots;
   for (; lane.piece < end && !lane.queue.empty(); ++lane.piece) {
     Transfer& transfer = *lane.queue.front();
-    if (transfer.message == 0) transfer.message = ++lane.message;
     SlotHeader& slot = segment_->p2p_slot(rank_, dst, lane.piece);
     describe(slot, transfer.call, transfer.print);
     slot.op_id = transfer.message;
     slot.offset = transfer.moved;
-    slot.bytes = std::min<size_t>(h.p2p_bytes, transfer.bytes - transfer.moved);
-    std::memcpy(slot.payload(), transfer.data + transfer.moved, slot.bytes);
+    const bool lent = lends(transfer);
+    slot.lent = lent ? uint64_t(transfer.data - segment_->heap(rank_)) + 1 : 0;
+    slot.bytes = lent ? transfer.bytes : std::min<size_t>(h.p2p_bytes, transfer.bytes - transfer.moved);
+    if (!lent) std::memcpy(slot.payload(), transfer.data + transfer.moved, slot.bytes);
     transfer.moved += slot.bytes;
+    TPMP_FAILPOINT("transfer.before_publish");
     slot.seq.store(lane.piece + 1, std::memory_order_release);
-    if (transfer.moved == transfer.bytes) finish(lane.queue);
+    TPMP_FAILPOINT("transfer.after_publish");
+    if (lent) {
+      transfer.piece = lane.piece;
+      lane.lent.push_back(lane.queue.front());
+      lane.queue.pop_front();
+    } else if (transfer.moved == transfer.bytes) {
+      finish(lane.queue);
+    }
   }
   return lane.piece != first;
 }
@@ -129,14 +150,16 @@ bool ShmTransport::pull(int src) {
   Lane& lane = in_[src];
   const uint64_t first = lane.piece, end = first + segment_->header().p2p_slots;
   for (; lane.piece < end && !lane.queue.empty(); ++lane.piece) {
-    const SlotHeader& slot = segment_->p2p_slot(src, rank_, lane.piece);
+    SlotHeader& slot = segment_->p2p_slot(src, rank_, lane.piece);
     if (slot.seq.load(std::memory_order_acquire) != lane.piece + 1) break;
     Transfer& transfer = *lane.queue.front();
-    if (transfer.message == 0) transfer.message = ++lane.message;
     if (!accept(transfer, slot)) break;
-    std::memcpy(transfer.data + transfer.moved, const_cast<SlotHeader&>(slot).payload(), slot.bytes);
+    const char* from = slot.lent == 0 ? slot.payload() : segment_->heap(src) + slot.lent - 1;
+    std::memcpy(transfer.data + transfer.moved, from, slot.bytes);
     transfer.moved += slot.bytes;
+    TPMP_FAILPOINT("transfer.before_credit");
     segment_->pair(src, rank_).consumed.store(lane.piece + 1, std::memory_order_release);
+    TPMP_FAILPOINT("transfer.after_credit");
     if (transfer.moved == transfer.bytes) finish(lane.queue);
   }
   return lane.piece != first;

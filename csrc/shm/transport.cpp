@@ -10,6 +10,8 @@
 #include <fstream>
 #include <future>
 
+#include "failpoint.hpp"
+
 namespace tpmp::shm {
 
 namespace {
@@ -67,8 +69,10 @@ class KeeperWatch {
 };
 
 ShmTransport::ShmTransport(std::shared_ptr<Segment> segment, int rank)
-    : segment_(std::move(segment)), rank_(rank), size_(segment_->world()), fork_generation_(fork_count.load()) {
+    : segment_(std::move(segment)), heap_(std::make_shared<Heap>(segment_, rank)), rank_(rank),
+      size_(segment_->world()), fork_generation_(fork_count.load()) {
   if (rank < 0 || rank >= size_) throw transport_error(ErrorCode::system, -1, "rank is outside the segment's world");
+  segment_->control(rank).waiting.since_ns.store(kNever);
   spin_ns_ = size_ <= usable_cores() ? kSpinNs : kCrowdedSpinNs;
   sigset_t all, before;
   sigfillset(&all);
@@ -94,6 +98,7 @@ void ShmTransport::keep() {
   pthread_setname_np(pthread_self(), "tpmp-keeper");
   const auto closing = [this] {
     progress();
+    run_posted(true, nullptr);
     return closed_.load();
   };
   wait_until(closing, KeeperWatch(*this), 0);
@@ -102,13 +107,13 @@ void ShmTransport::keep() {
 
 void ShmTransport::close() {
   if (closed_.exchange(true)) return;
+  TPMP_FAILPOINT("close.before");
   if (forked()) {
     (void)keeper_.release();  // the thread lives in the parent alone: neither to be joined nor destroyed here
     return;
   }
   segment_->control(rank_).closed.store(1, std::memory_order_release);
   ring_others();
-  ring(doorbell(rank_));
   wake_keeper();
   keeper_->join();
 }
@@ -125,7 +130,10 @@ void ShmTransport::ring_others() const {
     if (peer != rank_) ring(doorbell(peer));
 }
 
-void ShmTransport::wake_keeper() { ring({&keeper_word_, &keeper_sleepers_}); }
+void ShmTransport::wake_keeper() {
+  ring({&keeper_word_, &keeper_sleepers_});
+  ring(doorbell(rank_));  // where it sleeps in a collective, or with a transfer to move
+}
 
 void ShmTransport::check_usable(const Call& call) const {
   const std::string where = " | in " + words(call);
@@ -143,6 +151,7 @@ void ShmTransport::poison(ErrorCode code, int culprit, const std::string& text) 
   static std::mutex one_writer;  // caller and keeper may find a fault at once
   const std::lock_guard<std::mutex> lock(one_writer);
   if (word.load(std::memory_order_acquire) != 0) return;
+  TPMP_FAILPOINT("poison.before");
   std::snprintf(segment_->control(rank_).poison_text, kTextBytes, "%s", text.c_str());
   uint64_t healthy = 0;
   word.compare_exchange_strong(healthy, Poison{code, culprit, rank_}.pack(), std::memory_order_acq_rel);
@@ -178,6 +187,14 @@ std::string ShmTransport::identity() const {
 void ShmTransport::abort(const std::string& reason) {
   if (closed_.load() || forked()) return;
   poison(ErrorCode::peer_failed, rank_, "rank " + std::to_string(rank_) + " failed: " + reason);
+}
+
+std::shared_ptr<Block> ShmTransport::allocate(size_t bytes) {
+  if (forked() || closed_.load())
+    throw transport_error(ErrorCode::closed, -1, std::string("comm.empty: the communicator ") +
+                          (forked() ? "stayed with the process that this one was forked from" : "is closed"));
+  TPMP_FAILPOINT("heap.reserve");
+  return std::make_shared<Block>(heap_, bytes);
 }
 
 std::vector<std::string> ShmTransport::last_ops() {

@@ -1,5 +1,5 @@
 // The transport between CPU ranks of one host over one Segment. A caller's thread does the work of its own calls; one
-// keeper thread holds the lease, watches the peers' leases and moves posted transfers while the caller computes.
+// keeper thread holds the lease, watches the peers' leases and moves posted calls while the caller computes.
 #pragma once
 
 #include <array>
@@ -8,17 +8,22 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "shm/calls.hpp"
+#include "shm/heap.hpp"
 #include "shm/segment.hpp"
 #include "shm/wait.hpp"
 #include "../transport.hpp"
 
 namespace tpmp::shm {
 
+constexpr int64_t kKeeperSpinNs = 5'000;  // the keeper leaves the core to the caller
+
+struct Posted;
 struct Transfer;
 
 class ShmTransport final : public Transport, public std::enable_shared_from_this<ShmTransport> {
@@ -26,8 +31,8 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   ShmTransport(std::shared_ptr<Segment> segment, int rank);  // returns once the lease is held
   ~ShmTransport() override;
 
-  void all_reduce(void* data, uint64_t numel, DType, ReduceOp, const std::string& tag, double timeout) override;
-  void barrier(const std::string& tag, double timeout) override;
+  void run(const Collective&, double timeout) override;
+  std::shared_ptr<Work> post(Collective, double timeout) override;
   std::shared_ptr<Work> isend(const void* data, uint64_t numel, DType, int dst, const std::string& tag,
                               bool waits) override;
   std::shared_ptr<Work> irecv(void* data, uint64_t numel, DType, int src, const std::string& tag,
@@ -35,12 +40,14 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   void abort(const std::string& reason) override;
   void close() override;
   std::vector<std::string> last_ops() override;
+  std::shared_ptr<Block> allocate(size_t bytes);  // memory that calls lend to the peers instead of copying it in
 
  private:
   friend class CallerWatch;
   friend class KeeperWatch;
+  friend class PostedWork;
+  friend class Rounds;
   friend class ShmWork;
-  struct Collective;  // one collective call under way
 
   // transport.cpp: life, faults
   void keep();
@@ -57,14 +64,14 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   void ring_others() const;
   void wake_keeper();
 
-  // collectives.cpp
-  void run_collective(const Call& call, double timeout, const std::function<void(Collective&)>& body);
-  void one_shot(Collective& c, char* data, size_t numel);
-  void two_shot(Collective& c, char* data, size_t numel);
-  SlotHeader& open_round();
-  void publish(Collective& c, SlotHeader& slot, size_t bytes, size_t offset);
-  void await_round(Collective& c);
-  void check_round(const Collective& c);
+  // queue.cpp
+  std::shared_ptr<Posted> enqueue(Collective, double timeout);
+  void execute(const Collective&, const Call& said, uint64_t seq, double timeout, bool on_keeper);
+  void run_posted(bool on_keeper, const Posted* until);
+  void await_posted(const std::shared_ptr<Posted>& posted, double timeout);
+  bool awaits(int peer) const;  // whether the collective under way waits for that peer
+
+  std::string deadlock_words() const;  // deadlock.cpp; empty where this rank is in none
 
   // transfers.cpp
   std::shared_ptr<Work> post(const Call& call, char* data, bool waits);
@@ -76,8 +83,10 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   bool pull(int src);
   bool accept(const Transfer& transfer, const SlotHeader& slot);
   void finish(std::deque<std::shared_ptr<Transfer>>& queue);
+  bool lends(const Transfer& transfer) const;
 
   const std::shared_ptr<Segment> segment_;
+  const std::shared_ptr<Heap> heap_;
   const int rank_, size_;
   const uint64_t fork_generation_;
   int64_t spin_ns_;
@@ -86,50 +95,71 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   std::unique_ptr<std::thread> keeper_;
   std::atomic<uint32_t> keeper_word_{0}, keeper_sleepers_{0};  // its own bell, where it has no transfer to move
 
-  std::mutex collective_mutex_;
-  uint64_t round_ = 0;         // of slots; equal on all ranks at the same point of the same program
+  std::mutex turn_;            // held by whoever carries out a collective; guards the two below
+  uint64_t round_ = 0;         // last one of slots; equal on all ranks at the same point of the same program
   uint64_t collective_id_ = 0;
+  std::atomic<uint64_t> awaiting_{0};  // the round that the collective under way waits for
+  std::mutex queue_mutex_;             // guards the queue
+  std::deque<std::shared_ptr<Posted>> queue_;
+  std::atomic<int> posted_{0};         // its length
 
   std::mutex progress_mutex_;  // guards all below
   struct Lane {
     std::deque<std::shared_ptr<Transfer>> queue;
+    std::deque<std::shared_ptr<Transfer>> lent;  // sends that the receiver has yet to take out of this rank's heap
     uint64_t piece = 0;        // next piece of this ordered pair
-    uint64_t message = 0;      // number of messages begun
   };
   std::array<Lane, kMaxWorld> out_, in_;
   std::atomic<int> pending_{0};          // posted transfers that are not done
   std::atomic<int> inline_waiters_{0};   // threads that move transfers in a wait of their own
 };
 
-// The watch of a wait on the caller's thread: throws what ends it.
+// Says in a rank's control block, as long as it lives, what its caller sleeps for.
+class Asleep {
+ public:
+  Asleep(RankControl& control, const Call& call, uint64_t seq, uint64_t number);
+  ~Asleep();
+  Asleep(const Asleep&) = delete;
+
+ private:
+  Waiting& waiting_;
+  bool told_ = false;
+};
+
+// The watch of a call's waits: throws what ends it.
 class CallerWatch {
  public:
-  // `awaited(peer)` says whether the wait still depends on that peer.
-  CallerWatch(ShmTransport& transport, const Call& call, uint64_t seq, double timeout,
-              std::function<bool(int)> awaited);
+  // `number`: of the collective, or of the message in its pair. `awaited(peer)` says whether the wait still depends on
+  // that peer. `own_thread`: it is the caller's.
+  CallerWatch(ShmTransport& transport, const Call& call, uint64_t seq, uint64_t number, double timeout,
+              std::function<bool(int)> awaited, bool own_thread = true);
   void glance() const;
   bool look(bool tick);
   [[noreturn]] void fail();
+  [[noreturn]] void fail_poisoned() const;
   Bell bell() const { return transport_.doorbell(transport_.rank_); }
   int64_t deadline_ns() const { return deadline_; }
 
  private:
   std::string where() const;
   std::string late_words();
-  enum class Fault { none, died, left, late };
+  enum class Fault { none, died, left, stuck, late };
   ShmTransport& transport_;
   const Call& call_;
-  const uint64_t seq_;
+  const uint64_t seq_, number_;
   const double timeout_;
   const std::function<bool(int)> awaited_;
+  const bool own_thread_;
   const int64_t start_, deadline_;
+  std::optional<Asleep> asleep_;
+  std::string stuck_;
   Fault fault_ = Fault::none;
   int culprit_ = -1;
 };
 
-// A wait on the caller's thread; whatever else than a transport_error leaves it (Ctrl-C) poisons the group first.
+// A wait in a call; whatever else than a transport_error leaves it (Ctrl-C) poisons the group first.
 template <class Pred>
-void caller_wait(ShmTransport& transport, CallerWatch& watch, int64_t spin_ns, Pred&& pred) {
+void watched_wait(ShmTransport& transport, CallerWatch& watch, int64_t spin_ns, Pred&& pred) {
   try {
     wait_until(pred, watch, spin_ns);
   } catch (const transport_error&) {

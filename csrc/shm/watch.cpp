@@ -1,4 +1,4 @@
-// What ends a wait on the caller's thread: poison, a death, a peer that left, the deadline, a signal.
+// What ends the wait of a call: poison, a death, a peer that left, a deadlock, the deadline, a signal.
 #include <algorithm>
 #include <cstdio>
 
@@ -16,10 +16,10 @@ std::string seconds(double value) {
 
 }  // namespace
 
-CallerWatch::CallerWatch(ShmTransport& transport, const Call& call, uint64_t seq, double timeout,
-                         std::function<bool(int)> awaited)
-    : transport_(transport), call_(call), seq_(seq), timeout_(timeout), awaited_(std::move(awaited)),
-      start_(now_ns()), deadline_(start_ + int64_t(std::min(timeout, 1e9) * 1e9)) {}
+CallerWatch::CallerWatch(ShmTransport& transport, const Call& call, uint64_t seq, uint64_t number, double timeout,
+                         std::function<bool(int)> awaited, bool own_thread)
+    : transport_(transport), call_(call), seq_(seq), number_(number), timeout_(timeout), awaited_(std::move(awaited)),
+      own_thread_(own_thread), start_(now_ns()), deadline_(start_ + int64_t(std::min(timeout, 1e9) * 1e9)) {}
 
 std::string CallerWatch::where() const {
   return " | in " + words(call_) + " (call #" + std::to_string(seq_) + ") | waited " +
@@ -27,11 +27,14 @@ std::string CallerWatch::where() const {
 }
 
 void CallerWatch::glance() const {
-  if (transport_.poisoned()) transport_.throw_poison(where());
+  if (transport_.poisoned()) fail_poisoned();
 }
 
+void CallerWatch::fail_poisoned() const { transport_.throw_poison(where()); }
+
 bool CallerWatch::look(bool tick) {
-  if (tick && interrupt_hook != nullptr) interrupt_hook();
+  if (own_thread_ && !asleep_) asleep_.emplace(transport_.segment_->control(transport_.rank_), call_, seq_, number_);
+  if (tick && own_thread_ && interrupt_hook != nullptr) interrupt_hook();
   if (transport_.closed_.load())
     throw transport_error(ErrorCode::closed, -1, "the communicator was closed in a call" + where());
   culprit_ = transport_.lost_peer();
@@ -45,7 +48,13 @@ bool CallerWatch::look(bool tick) {
     culprit_ = peer;
     return true;
   }
-  fault_ = now_ns() >= deadline_ ? Fault::late : Fault::none;
+  if (now_ns() >= deadline_) {
+    fault_ = Fault::late;
+  } else if (tick && own_thread_ && !(stuck_ = transport_.deadlock_words()).empty()) {
+    fault_ = Fault::stuck;
+  } else {
+    fault_ = Fault::none;
+  }
   return fault_ != Fault::none;
 }
 
@@ -56,6 +65,8 @@ void CallerWatch::fail() {
   } else if (fault_ == Fault::left) {
     t.poison(ErrorCode::peer_died, culprit_, "rank " + std::to_string(culprit_) +
              " left: it closed its communicator while " + t.identity() + " was waiting for it in " + words(call_));
+  } else if (fault_ == Fault::stuck) {
+    t.poison(ErrorCode::mismatch, -1, stuck_);
   } else {
     const std::string text = late_words();
     t.poison(ErrorCode::timeout, culprit_, text);

@@ -70,7 +70,9 @@ def test_schedule_that_cannot_run_is_a_row_with_the_reason(run):
     assert "2 layers do not divide into 4 stages" in row["note"]
 
 
-@pytest.mark.parametrize("variant", [[], ["--loss-parallel"]], ids=["replicated", "loss_parallel"])
+@pytest.mark.parametrize(
+    "variant", [[], ["--loss-parallel"], ["--backend=tpmp"]], ids=["replicated", "loss_parallel", "tpmp"]
+)
 def test_dtensor_follows_one_process(run, variant):
     (row,) = run(dtensor_gpt, "--layers", "2", *SGD, *variant)
     assert row["losses"] == pytest.approx(losses_of_one_process(layers=2, batch=4), rel=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tpmp_kernels.comm import SelfCommunicator, communicator, shm
+from tpmp_kernels.comm import SelfCommunicator, communicator, meeting
 from tpmp_kernels.errors import TransportError, UsageError
 
 
@@ -58,11 +58,11 @@ def _without(part: str, transport: str | None):
     logging.getLogger("tpmp_kernels").addHandler(handler)
     with pytest.MonkeyPatch.context() as patch:
         if part == "extension" and dist.get_rank() == 1:
-            patch.setattr(shm, "C", None)
+            patch.setattr(meeting, "C", None)
         if part == "memory" and dist.get_rank() == 1:
-            patch.setattr(shm, "C", types.SimpleNamespace(attach=_refuse))
+            patch.setattr(meeting, "C", types.SimpleNamespace(attach=_refuse))
         if part == "segment" and dist.get_rank() == 0:
-            patch.setattr(shm, "C", types.SimpleNamespace(SegmentServer=_refuse))
+            patch.setattr(meeting, "C", types.SimpleNamespace(SegmentServer=_refuse))
         try:
             with communicator(dist.group.WORLD, transport=transport, timeout=20) as comm:
                 total = comm.all_reduce(torch.ones(2)).sum().item()

@@ -184,10 +184,15 @@ def test_among_three_ranks_the_odd_one_is_the_culprit(ranks):
 def _late():
     comm = world(timeout=0.3 if dist.get_rank() == 0 else 30)
     comm.all_reduce(torch.ones(3), tag="first")
+    store = dist.distributed_c10d._get_default_store()
     start = time.monotonic()
     if comm.rank == 0:
-        return *caught(lambda: comm.all_reduce(torch.ones(2, 4), tag="second")), time.monotonic() - start
-    return *caught(lambda: comm.recv(torch.ones(32), 0, tag="F3")), 0.3
+        seen = *caught(lambda: comm.all_reduce(torch.ones(2, 4), tag="second")), time.monotonic() - start
+        store.set("late", "1")
+        return seen
+    posted = comm.irecv(torch.ones(32), 0, tag="F3")
+    store.wait(["late"])  # busy with something else than this communicator
+    return *caught(posted.wait), 0.3
 
 
 def test_a_timeout_tells_on_every_rank_what_each_was_doing(ranks):
@@ -197,6 +202,55 @@ def test_a_timeout_tells_on_every_rank_what_each_was_doing(ranks):
         assert "in all_reduce sum fp32[8] 'second' (call #2) for" in text
         assert "in recv fp32[32] from rank 0 'F3' (call #2) for" in text
         assert "last done all_reduce sum fp32[3] 'first' (call #1)" in text
+
+
+# ---- ranks that wait for each other
+
+_FACING = {
+    "a collective against a recv": (lambda c, x: c.all_reduce(x, tag="a"), lambda c, x: c.recv(x, 0, tag="F1")),
+    "two recvs": (lambda c, x: c.recv(x, 1, tag="F0"), lambda c, x: c.recv(x, 0, tag="F1")),
+    "two long sends": (lambda c, x: c.send(x, 1, tag="F0"), lambda c, x: c.send(x, 0, tag="F1")),
+    "a posted collective against a send": (
+        lambda c, x: c.all_reduce(x, tag="a", async_op=True).wait(),
+        lambda c, x: c.send(x, 0, tag="B1"),
+    ),
+}
+
+
+def _facing(name: str):
+    with world() as comm:
+        start = time.monotonic()
+        calls = _FACING[name]
+        seen = caught(lambda: calls[min(comm.rank, 1)](comm, torch.zeros(1 << 20)))
+        return *seen, time.monotonic() - start
+
+
+@pytest.mark.parametrize("name", _FACING)
+def test_ranks_that_wait_for_each_other_are_told(ranks, name):
+    for kind, _, text, seconds in ranks(2).run(_facing, name):
+        assert kind == "CollectiveMismatch" and seconds < 1, text
+        assert "wait for each other" in text and "rank 0 called" in text and "rank 1 called" in text, text
+
+
+def _ring_of_recvs():
+    """One rank is late, in a collective and as the first of a ring, and nothing is wrong; then nobody sends."""
+    with world() as comm:
+        left, right, x = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size, torch.zeros(8)
+        if comm.rank == 0:
+            time.sleep(0.6)  # the others sleep for longer than the patience
+        comm.barrier()
+        if comm.rank == 0:
+            time.sleep(0.6)
+            comm.send(x, right)
+        comm.recv(x, left)
+        if comm.rank != 0:
+            comm.send(x, right)
+        return caught(lambda: comm.recv(x, left))
+
+
+def test_only_a_closed_cycle_is_a_deadlock(ranks):
+    for kind, _, text in ranks(3).run(_ring_of_recvs):
+        assert kind == "CollectiveMismatch" and all(f"rank {r} called recv" in text for r in range(3)), text
 
 
 def _stopped():

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
+from cases import OPS, same_bits, tree
 from shm_world import world
 
 from tpmp_kernels.comm import communicator
@@ -14,9 +15,8 @@ from tpmp_kernels.comm._ext import C
 pytestmark = pytest.mark.skipif(C is None, reason="needs the compiled extension")
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-INTEGERS = (torch.int64, torch.int32, torch.uint8)
-OPS = {"sum": torch.add, "avg": torch.add, "max": torch.maximum, "min": torch.minimum, "prod": torch.mul}
-CHUNK = 512 << 10  # bytes of a collective slot, for up to 4 ranks
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+CHUNK = 128 << 10  # bytes of a collective slot
 
 
 def _inputs(size: int, shape, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
@@ -28,22 +28,6 @@ def _inputs(size: int, shape, dtype: torch.dtype, seed: int) -> list[torch.Tenso
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(size)]
 
 
-def _tree(parts: list[torch.Tensor], op: str) -> torch.Tensor:
-    """((0+1)+(2+3))+..., an odd one out moves up; halves accumulate in fp32 and round once."""
-    dtype, size = parts[0].dtype, len(parts)
-    if dtype in (torch.bfloat16, torch.float16):
-        parts = [part.float() for part in parts]
-    while len(parts) > 1:
-        pairs = [OPS[op](a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
-        parts = pairs + parts[len(pairs) * 2 :]
-    return (parts[0] / size if op == "avg" else parts[0]).to(dtype)
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    raw = [t.flatten().view(torch.uint8) for t in (a, b)]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
-
-
 def _all_reduce_cases(cases) -> list[str]:
     """Run the cases on this rank and return those whose bits are not the tree's."""
     wrong = []
@@ -52,7 +36,7 @@ def _all_reduce_cases(cases) -> list[str]:
             parts = _inputs(comm.size, shape, dtype, seed)
             mine = parts[comm.rank].clone()
             result = comm.all_reduce(mine, op, tag=f"case{seed}")
-            if result is not mine or not _same_bits(mine, _tree(parts, op)):
+            if result is not mine or not same_bits(mine, tree(parts, op)):
                 wrong.append(f"{op} {dtype} {shape}")
     return wrong
 
@@ -78,11 +62,12 @@ def test_every_size_around_the_edges_gives_the_bits_of_the_tree(ranks, size):
 def _thread(rank: int, core, parts: list, op: str, results: list) -> None:
     mine = parts[rank].clone()
     code = C.DTYPES[str(mine.dtype).removeprefix("torch.")]
-    core.all_reduce(mine.data_ptr(), mine.numel(), code, C.REDUCE_OPS[op], "", 30.0)
+    data, kind = mine.data_ptr(), C.KINDS["all_reduce"]
+    core.run(C.Collective(kind, data, data, mine.numel(), code, C.REDUCE_OPS[op], -1, "", [], []), 30.0)
     results[rank] = mine
 
 
-@pytest.mark.parametrize("size", [5, 7, 12])
+@pytest.mark.parametrize("size", [5, 12, 64])
 def test_trees_of_more_ranks_which_are_threads_here(size):
     server = C.SegmentServer(size)
     cores = [server.transport(), *[None] * (size - 1)]
@@ -104,7 +89,8 @@ def test_trees_of_more_ranks_which_are_threads_here(size):
             thread.start()
         for thread in threads:
             thread.join()
-        assert all(_same_bits(result, _tree(parts, op)) for result in results)
+        want = tree(parts, op)
+        assert all(same_bits(result, want) for result in results)
     for core in cores:
         core.close()
 
@@ -244,3 +230,13 @@ def test_bad_arguments_are_refused_by_name_before_anything_is_sent(ranks):
              "UninitializedParameter", "got list", "another group rank", "src is 2", "dst is -1")  # fmt: skip
     for texts in ranks(2).run(_refusals):
         assert all(part in text for part, text in zip(parts, texts, strict=True)), texts
+
+
+def _many(rounds: int) -> bool:
+    with world() as comm:
+        x = torch.zeros(1 << 15)
+        return all((comm.all_reduce(x.fill_(i), tag=str(i)) == comm.size * i).all() for i in range(rounds))
+
+
+def test_more_ranks_than_cores_make_progress(ranks):
+    assert all(ranks(8).run(_many, 50, timeout=30))

@@ -5,9 +5,10 @@ import logging
 import torch.distributed as dist
 
 from tpmp_kernels import env
-from tpmp_kernels.comm.communicator import Communicator, SelfCommunicator
+from tpmp_kernels.comm.alone import SelfCommunicator
+from tpmp_kernels.comm.communicator import Communicator
+from tpmp_kernels.comm.meeting import CannotShare, connect
 from tpmp_kernels.comm.process_group import ProcessGroupCommunicator
-from tpmp_kernels.comm.shm import CannotShare, connect
 from tpmp_kernels.errors import UsageError
 
 TRANSPORTS = ("shm", "process_group")

@@ -1,34 +1,57 @@
-"""The process_group transport: a communicator over any torch.distributed backend (gloo between hosts, for one).
+"""The process_group transport: a communicator over any torch.distributed backend (gloo between hosts, for one)."""
 
-Reductions run in the backend's order, and tags are not compared: two swapped calls of equal shape go unnoticed here.
-"""
-
+import os
 import time
-from collections import deque
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from tpmp_kernels import errors
+from tpmp_kernels.comm import agreement
+from tpmp_kernels.comm.arguments import Collective
+from tpmp_kernels.comm.bulletin import second_client
 from tpmp_kernels.comm.communicator import Communicator, Work
-from tpmp_kernels.errors import PeerDied, TransportError, TransportTimeout
+from tpmp_kernels.comm.helpers import FOREVER, Helpers, Interrupt, Message
+from tpmp_kernels.comm.meeting import meeting_place
+from tpmp_kernels.comm.messages import BackendError, Interrupted, Messages, as_bytes
+from tpmp_kernels.comm.native import Native
+from tpmp_kernels.comm.out_of_band import Board
+from tpmp_kernels.comm.reports import COLLECTIVES, Call, Verdict
+from tpmp_kernels.errors import TransportError
 
-_REDUCE_OPS = {
-    "sum": dist.ReduceOp.SUM,
-    "avg": dist.ReduceOp.SUM,  # gloo has no AVG: divided afterwards, on every backend alike
-    "max": dist.ReduceOp.MAX,
-    "min": dist.ReduceOp.MIN,
-    "prod": dist.ReduceOp.PRODUCT,
-}
+_REDUCED = (
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8,
+)  # fmt: skip
+_NOT_REDUCED_BY = {"nccl": (torch.int16,)}
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _REMEDY = "close this communicator and the process group on every rank and make both anew"
 
 
 class ProcessGroupCommunicator(Communicator):
-    """The communicator's calls on `group`. Devices and dtypes are the backend's; errors name what it tells.
+    """The communicator's calls on `group`, with the backend that the group has for the device of each tensor.
 
-    With CUDA tensors a blocking call orders the current stream and does not block the host, so that `seconds` counts
-    the enqueueing alone.
+    CPU tensors on gloo go as sealed messages (messages.py): what does not match is never delivered, all ranks hold the
+    same bits, and sums of 16-bit floats are rounded once. Other backends carry out collectives by their own functions,
+    in their own order: data may be garbage before a mismatch is found. On those that order calls by streams (NCCL) a
+    blocking call does not block the host, so that `seconds` counts the enqueueing, `timeout` does not apply, and errors
+    come with a later call.
+
+    Promised, through the torch Store and a small thread (out_of_band.py), on every rank with one class and culprit:
+    - CollectiveMismatch within about 1 s of the calls that differ in kind, dtype, count, reduce op, root, tag, order,
+      peer or splits, or wait for each other in a circle; in the current wait or the next call.
+    - PeerFailed with the text of abort(), or of an exception inside `with`.
+    - PeerDied where a process has died: within about 1 s for ranks of one host, 11 s for those of another unless the
+      backend tells earlier; and where a rank left the group that another one waits for.
+    - TransportTimeout with what each rank was doing.
+
+    Not promised: a comparison of calls made less than about 0.2 s before close(); any of it once the process that
+    serves the Store is gone, where each rank reports what it sees itself; culprits where two things go wrong at once.
+    A wait that is broken off breaks the backend's connections: the process group is then of no more use either, nor
+    are other communicators on it. This also happens in close() with posted calls under way.
     """
 
     transport = "process_group"
@@ -36,100 +59,188 @@ class ProcessGroupCommunicator(Communicator):
     def __init__(self, group: dist.ProcessGroup, *, name: str = "", timeout: float = 60.0):
         super().__init__(dist.get_rank(group), dist.get_world_size(group), name=name, timeout=timeout)
         self._group = group
-        self._failure: TransportError | None = None
-        self._ops: deque[str] = deque(maxlen=32)
-        self._count = 0
+        backends = (pair.split(":") for pair in dist.get_backend_config(group).split(","))
+        self._backends: dict[str, str] = dict(backends)
+        # The first rank's number, on all; nobody has to wait for anybody.
+        seed = meeting_place(group).compare_set("seed", "", os.urandom(8).hex()).decode()
+        store = second_client(dist.distributed_c10d._get_default_store())
+        interrupt = Interrupt(group, self._backends)
+        self._board = Board(
+            dist.PrefixStore(f"tpmp/{seed}", store), self.rank, self.size, interrupt, serves=dist.get_rank() == 0
+        )
+        self._messages, self._native = Messages(group, seed, self._board), Native(group, self._board)
+        self._helpers = Helpers(self._board)
+        self._leave = weakref.finalize(self, _leave, self._board, self._helpers, interrupt)
+        self._numbers: Counter[str] = Counter()
+        self._ops: deque[Call] = deque(maxlen=32)
+        self._unwaited: set[Message] = set()  # gloo gives up a message, and its peer waits, once nobody holds its Work
 
     def abort(self, reason: str) -> None:
-        """Refuse further work here. torch.distributed has no way to tell the peers: they run into their timeout."""
-        self._failure = self._failure or TransportError(f"rank {self.rank} aborted: {reason}", self.rank)
+        if self._leave.alive:
+            self._board.fail(lambda _: Verdict("PeerFailed", self.rank, f"rank {self.rank} failed: {reason}"))
 
     def last_ops(self) -> list[str]:
-        return list(self._ops)
+        return [call.numbered() for call in self._ops]
 
     def close(self) -> None:
-        """Refuse further work. The process group itself belongs to the caller and stays."""
-        self._failure = self._failure or TransportError(f"communicator {self.name!r} is closed")
+        """Leave the group. The process group itself belongs to the caller and stays."""
+        self._leave()
+        self._unwaited.clear()
+
+    # ---- calls
 
     def _check_tensor(self, call: str, tensor: torch.Tensor) -> None:
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{call}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise TypeError(
+                f"{call}: expected a plain torch.Tensor, got {type(tensor).__name__}; pass its local tensor"
+            )
+        backend = self._backends.get(tensor.device.type)
+        if backend is None or tensor.layout != torch.strided:
+            known = ", ".join(self._backends)
+            raise ValueError(f"{call}: got a {tensor.layout} tensor on {tensor.device}; pass a dense one on {known}")
+        if tensor.is_conj() or tensor.is_neg():
+            raise ValueError(
+                f"{call}: tensor is a lazy conjugate or negative; pass tensor.resolve_conj().resolve_neg()"
+            )
+        if call in ("send", "recv") and backend == "gloo" and tensor.device.type != "cpu":
+            raise ValueError(f"{call}: gloo sends CPU tensors only, got one on {tensor.device}; pass tensor.cpu()")
+        if call in ("all_reduce", "reduce", "reduce_scatter"):
+            reduced = [dtype for dtype in _REDUCED if dtype not in _NOT_REDUCED_BY.get(backend, ())]
+            if tensor.dtype not in reduced:
+                names = ", ".join(map(_NAMES.__getitem__, reduced))
+                raise TypeError(f"{call}: {backend} cannot reduce {tensor.dtype}; convert to one of {names}")
 
-    def _all_reduce(self, tensor: torch.Tensor, op: str, tag: str) -> None:
-        self._finish(
-            self._start(dist.all_reduce, f"all_reduce {op}", tensor, tag, tensor, op=_REDUCE_OPS[op], async_op=True)
-        )
-        if op == "avg":
-            tensor.div_(self.size)
+    def _run(self, call: Collective) -> None:
+        record = self._record(call)
+        if self._sealed(call.tensor):
+            self._await(record, lambda deadline: self._messages.carry(call, record, deadline), self.timeout)
+        else:
+            self._await(record, lambda deadline: self._start(call).finish(deadline), self.timeout)
+
+    def _post(self, call: Collective, landed: Callable[[], None] | None) -> Work:
+        record = self._record(call)
+        if self._sealed(call.tensor):
+            messages = self._messages
+            return _PostedWork(self, record, self._helpers.post(lambda: messages.carry(call, record, FOREVER)), landed)
+        return _PostedWork(self, record, self._attempt(record, lambda _: self._start(call), self.timeout), landed)
 
     def _isend(self, tensor: torch.Tensor, dst: int, tag: str, *, waits: bool) -> Work:
-        return _ProcessGroupWork(
-            self, self._start(dist.isend, f"send to rank {dst}", tensor, tag, tensor, group_dst=dst, peer=dst)
-        )
+        return self._transfer("send", f"{self.rank}>{dst}", tensor, dst, tag, None)
 
     def _irecv(self, tensor: torch.Tensor, src: int, tag: str, landed: Callable[[], None], *, waits: bool) -> Work:
-        op = self._start(dist.irecv, f"recv from rank {src}", tensor, tag, tensor, group_src=src, peer=src)
-        return _ProcessGroupWork(self, op, landed)
+        return self._transfer("recv", f"{src}>{self.rank}", tensor, src, tag, landed)
 
-    def _barrier(self, tag: str) -> None:
-        self._finish(self._start(dist.barrier, "barrier", None, tag, async_op=True))
+    def _transfer(self, kind: str, lane: str, tensor: torch.Tensor, peer: int, tag: str, landed) -> Work:
+        record = self._admit(lane, kind, _NAMES[tensor.dtype], tensor.numel(), None, -1, tag, tensor.shape)
 
-    def _start(self, call: Callable, what: str, tensor, tag: str, *args, peer: int | None = None, **kwargs) -> "_Op":
-        if self._failure is not None:
-            raise type(self._failure)(str(self._failure), self._failure.culprit)
-        self._count += 1
-        shape = "" if tensor is None else f" {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-        text = f"{what} #{self._count}{f' {tag!r}' if tag else ''}{shape}"
-        self._ops.append(text)
-        op = _Op(text, peer, tensor)
+        def start(_) -> object:
+            if not self._sealed(tensor):
+                return self._native.transfer(tensor, peer, sends=kind == "send", streams=self._streams(tensor))
+            messages = self._messages
+            pending = messages.start(peer, as_bytes(tensor), messages.seal(record), sends=kind == "send")
+            message = Message(messages, self._helpers, pending)
+            self._unwaited.add(message)
+            return message
+
+        return _PostedWork(self, record, self._attempt(record, start, self.timeout), landed)
+
+    def _start(self, call: Collective):
+        return self._native.start(call, streams=self._streams(call.tensor))
+
+    def _sealed(self, tensor: torch.Tensor | None) -> bool:
+        return (tensor is None or tensor.device.type == "cpu") and self._backends.get("cpu") == "gloo"
+
+    def _streams(self, tensor: torch.Tensor | None) -> bool:
+        """Whether the device orders the call. A barrier is for the host."""
+        return tensor is not None and tensor.device.type != "cpu" and self._backends[tensor.device.type] != "gloo"
+
+    # ---- records and errors
+
+    def _record(self, call: Collective) -> Call:
+        tensor = call.tensor
+        count = "split" if call.input_splits else call.numel
+        dtype, shape = ("", ()) if tensor is None else (_NAMES[tensor.dtype], tensor.shape)
+        return self._admit(COLLECTIVES, call.kind, dtype, count, call.op, call.root, call.tag, shape,
+                           call.input_splits, call.output_splits)  # fmt: skip
+
+    def _admit(self, lane: str, *what) -> Call:
+        """Number the call, and tell the board of it."""
+        record = Call(lane, self._numbers[lane], *what)
+        self._check(record)
+        self._numbers[lane] += 1
+        self._ops.append(record)
+        self._board.record(record)
+        return record
+
+    def _check(self, record: Call) -> None:
+        if self._board.forked():
+            raise TransportError(f"communicator {self.name!r}: this process was forked from rank {self.rank}; make a "
+                                 "communicator in the process that uses it")  # fmt: skip
+        if not self._leave.alive:
+            raise TransportError(f"communicator {self.name!r} is closed; make a new one")
+        if self._board.failure is not None:
+            raise self._error(self._board.failure, f"rank {self.rank} refused {record.words()}")
+
+    def _await(self, record: Call, step: Callable, timeout: float) -> None:
+        """`_attempt` in which the caller waits for its peers."""
+        self._board.waits = record
         try:
-            op.work = call(*args, group=self._group, **kwargs)
-        except (RuntimeError, dist.DistError) as error:
-            self._fail(op, error)
-        return op
+            self._attempt(record, step, timeout)
+        finally:
+            self._board.waits = None
 
-    def _finish(self, op: "_Op") -> None:
+    def _attempt(self, record: Call, step: Callable, timeout: float):
+        """`step(deadline)` as part of the call `record`, with its failures those of the group."""
+        begun = time.monotonic()
         try:
-            op.work.wait(timedelta(seconds=self.timeout))
-        except (RuntimeError, dist.DistError) as error:
-            self._fail(op, error)
+            return step(begun + timeout)
+        except Interrupted:
+            verdict = self._board.failure
+        except BackendError as error:
+            verdict = self._judge(record, error, time.monotonic() - begun)
+        waited = f"waited {time.monotonic() - begun:.2f} s of {timeout:g} s"
+        raise self._error(verdict, f"rank {self.rank} in {record.numbered()} | {waited}")
 
-    def _fail(self, op: "_Op", error: Exception) -> None:
-        reason = str(error).splitlines()[0]
-        timed_out = "imed out" in reason or "imeout" in reason
-        lost = "onnection" in reason or "closed by peer" in reason
-        kind = TransportTimeout if timed_out else PeerDied if lost else TransportError
-        waited = time.monotonic() - op.start
-        self._failure = kind(
-            f"communicator {self.name!r}: {self._group.name()} says: {reason} | rank {self.rank} in {op.text} | "
-            f"waited {waited:.2f} s of {self.timeout:g} s | do: {_REMEDY}",
-            None if timed_out else op.peer,
-        )
-        raise self._failure from error
+    def _judge(self, record: Call, error: BackendError, waited: float) -> Verdict:
+        reason, peer = str(error), error.peer
+        if "imed out" in reason or ("imeout" in reason and "pair closure" not in reason):
+            return self._board.fail(lambda reports: agreement.timeout(reports, self.rank, waited, record))
+        said = f"{self._group.name()} says: {reason}"
+        if peer >= 0 or "onnection" in reason or "closed by peer" in reason:
+            whom = f"rank {peer}" if peer >= 0 else "a rank"
+            verdict = Verdict("PeerDied", peer if peer >= 0 else None, f"{whom} is lost: {said}")
+        else:
+            verdict = Verdict("TransportError", None, said)
+        return self._board.fail(lambda _: verdict, grace=True)
 
-
-class _Op:
-    """One call under way: its text for errors, and its tensor, which lives as long as the backend may touch it."""
-
-    def __init__(self, text: str, peer: int | None, tensor: torch.Tensor | None):
-        self.text, self.peer, self.tensor = text, peer, tensor
-        self.start = time.monotonic()
-        self.work = None
+    def _error(self, verdict: Verdict, where: str) -> TransportError:
+        text = f"communicator {self.name!r}: {verdict.text} | {where} | do: {_REMEDY}"
+        return getattr(errors, verdict.error)(text, verdict.culprit)
 
 
-class _ProcessGroupWork(Work):
-    def __init__(self, comm: ProcessGroupCommunicator, op: _Op, landed: Callable[[], None] | None = None):
-        self._comm, self._op, self._landed = comm, op, landed
+class _PostedWork(Work):
+    def __init__(self, comm: ProcessGroupCommunicator, record: Call, operation, landed: Callable[[], None] | None):
+        self._comm, self._record, self._operation, self._landed = comm, record, operation, landed
 
-    def wait(self) -> None:
-        if self._op is None:
+    def wait(self, timeout: float | None = None) -> None:
+        if self._operation is None:
             return
-        with self._comm._timed():
-            self._comm._finish(self._op)
-        self._op = None
-        if self._landed is not None:
-            self._landed()
+        comm = self._comm
+        with comm._timed():
+            comm._check(self._record)
+            comm._await(self._record, self._operation.finish, comm.timeout if timeout is None else timeout)
+        comm._unwaited.discard(self._operation)
+        self._operation = None
+        landed, self._landed = self._landed, None
+        if landed is not None:
+            landed()
 
     def done(self) -> bool:
-        """gloo reports a finished transfer only in `wait`: False here does not mean that it is still under way."""
-        return self._op is None or self._op.work.is_completed()
+        return self._operation is None or self._comm._board.failure is not None or self._operation.ready()
+
+
+def _leave(board: Board, helpers: Helpers, interrupt: Callable[[], None]) -> None:
+    """Not a method: it must run where the communicator has been collected, and at interpreter exit."""
+    board.leave()
+    board.failure = board.failure or Verdict("TransportError", None, "the communicator is closed")
+    helpers.close(interrupt)
