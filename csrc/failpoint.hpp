@@ -1,5 +1,5 @@
-// Failpoints: named places where a test build can be told to die, stop, throw, fail, flip a bit or pause, so that a fault
-// happens there and nowhere else. TPMP_FAILPOINT("name") is nothing at all unless TPMP_FAILPOINTS is defined.
+// Failpoints: named places where a test build can be told to die, stop, throw, fail, flip a bit or pause, so that a
+// fault happens there and nowhere else. TPMP_FAILPOINT("name") is nothing at all unless TPMP_FAILPOINTS is defined.
 #pragma once
 
 #ifndef TPMP_FAILPOINTS

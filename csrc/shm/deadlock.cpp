@@ -1,6 +1,7 @@
 // Ranks that wait for each other. Whoever sleeps in a call says so; once all of a cycle have slept for a while and none
-// of them has meanwhile called what its neighbour waits for, none ever will: a rank calls from one thread, and that one
-// sleeps. A collective on one rank against a transfer on another is found so, and two receives that face each other.
+// of them has meanwhile called what its neighbour waits for, none ever will: the one thread that calls sleeps. (Another
+// may wait for what that one posted. A rank whose calls come from several threads never counts as asleep.) A collective
+// on one rank against a transfer on another is found so, and two receives that face each other.
 #include "shm/transport.hpp"
 
 namespace tpmp::shm {
@@ -89,6 +90,16 @@ Asleep::~Asleep() {
   if (!told_) return;
   waiting_.since_ns.store(kNever, std::memory_order_relaxed);
   waiting_.version.fetch_add(1, std::memory_order_release);
+}
+
+void ShmTransport::note_caller() {
+  pthread_t nobody{};
+  if (!caller_.compare_exchange_strong(nobody, pthread_self()) && !pthread_equal(nobody, pthread_self()))
+    more_callers_.store(true);
+}
+
+bool ShmTransport::only_caller() const {
+  return !more_callers_.load() && pthread_equal(caller_.load(), pthread_self());
 }
 
 std::string ShmTransport::deadlock_words() const {

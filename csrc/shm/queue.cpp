@@ -32,6 +32,7 @@ class PostedWork final : public Work {
 void ShmTransport::run(const Collective& call, double timeout) {
   const Call said{call.kind, call.dtype, call.op, call.root, call.numel, call.tag};
   check_usable(said);
+  note_caller();
   if (posted_.load() == 0 && turn_.try_lock()) {
     const std::lock_guard<std::mutex> turn(turn_, std::adopt_lock);
     if (posted_.load() == 0) {
@@ -45,6 +46,7 @@ void ShmTransport::run(const Collective& call, double timeout) {
 
 std::shared_ptr<Work> ShmTransport::post(Collective call, double timeout) {
   check_usable({call.kind, call.dtype, call.op, call.root, call.numel, call.tag});
+  note_caller();
   auto posted = enqueue(std::move(call), timeout);
   TPMP_FAILPOINT("work.posted");
   wake_keeper();

@@ -46,6 +46,7 @@ std::shared_ptr<Work> ShmTransport::irecv(void* data, uint64_t numel, DType dtyp
 
 std::shared_ptr<Work> ShmTransport::post(const Call& call, char* data, bool waits) {
   check_usable(call);
+  note_caller();
   auto transfer = std::make_shared<Transfer>();
   transfer->tag = call.tag;
   transfer->call = call;

@@ -71,7 +71,10 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   void await_posted(const std::shared_ptr<Posted>& posted, double timeout);
   bool awaits(int peer) const;  // whether the collective under way waits for that peer
 
-  std::string deadlock_words() const;  // deadlock.cpp; empty where this rank is in none
+  // deadlock.cpp
+  std::string deadlock_words() const;  // empty where this rank is in none
+  void note_caller();
+  bool only_caller() const;  // whether this thread makes all the calls: what it sleeps in, the rank sleeps in
 
   // transfers.cpp
   std::shared_ptr<Work> post(const Call& call, char* data, bool waits);
@@ -91,6 +94,8 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   const uint64_t fork_generation_;
   int64_t spin_ns_;
   std::atomic<bool> closed_{false};
+  std::atomic<pthread_t> caller_{};    // the first thread that called
+  std::atomic<bool> more_callers_{false};
 
   std::unique_ptr<std::thread> keeper_;
   std::atomic<uint32_t> keeper_word_{0}, keeper_sleepers_{0};  // its own bell, where it has no transfer to move

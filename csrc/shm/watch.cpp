@@ -33,7 +33,8 @@ void CallerWatch::glance() const {
 void CallerWatch::fail_poisoned() const { transport_.throw_poison(where()); }
 
 bool CallerWatch::look(bool tick) {
-  if (own_thread_ && !asleep_) asleep_.emplace(transport_.segment_->control(transport_.rank_), call_, seq_, number_);
+  if (own_thread_ && !asleep_ && transport_.only_caller())
+    asleep_.emplace(transport_.segment_->control(transport_.rank_), call_, seq_, number_);
   if (tick && own_thread_ && interrupt_hook != nullptr) interrupt_hook();
   if (transport_.closed_.load())
     throw transport_error(ErrorCode::closed, -1, "the communicator was closed in a call" + where());
@@ -50,7 +51,7 @@ bool CallerWatch::look(bool tick) {
   }
   if (now_ns() >= deadline_) {
     fault_ = Fault::late;
-  } else if (tick && own_thread_ && !(stuck_ = transport_.deadlock_words()).empty()) {
+  } else if (tick && asleep_ && !(stuck_ = transport_.deadlock_words()).empty()) {
     fault_ = Fault::stuck;
   } else {
     fault_ = Fault::none;

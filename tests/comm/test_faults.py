@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -251,6 +252,27 @@ def _ring_of_recvs():
 def test_only_a_closed_cycle_is_a_deadlock(ranks):
     for kind, _, text in ranks(3).run(_ring_of_recvs):
         assert kind == "CollectiveMismatch" and all(f"rank {r} called recv" in text for r in range(3)), text
+
+
+def _waits_elsewhere() -> float:
+    """A thread of rank 0 waits for what the main thread posted, while that one computes and calls what rank 1 needs."""
+    with world() as comm:
+        x = torch.ones(8)
+        if comm.rank == 0:
+            work = comm.all_reduce(x, async_op=True)
+            waiting = threading.Thread(target=work.wait)
+            waiting.start()
+            time.sleep(0.6)  # for longer than the patience
+            comm.send(x, 1)
+            waiting.join()
+        else:
+            comm.recv(torch.zeros(8), 0)
+            comm.all_reduce(x)
+        return x.sum().item()
+
+
+def test_a_thread_that_waits_for_another_ones_call_is_no_deadlock(ranks):
+    assert ranks(2).run(_waits_elsewhere) == [16.0, 16.0]
 
 
 def _stopped():

@@ -1,5 +1,5 @@
-"""The protocols of the shared segment, searched through by spin: every interleaving, one crash anywhere, and the mistakes
-that each of their rules is there to prevent. The models stand in tests/models/*.pml.
+"""The protocols of the shared segment, searched through by spin: every interleaving, one crash anywhere, and the
+mistakes that each of their rules is there to prevent. The models stand in tests/models/*.pml.
 """
 
 import re
@@ -75,7 +75,12 @@ WRONG = "assertion violated"
 
 # What is wrong, how it shows ("": either way), and the smallest group that shows it.
 QUICK_MISTAKES = [
-    ("poison", "BUG_CLOSE", WRONG, "N=2 SLICE"),  # the lease ends before `closed` is set: a clean leave reads as a death
+    (
+        "poison",
+        "BUG_CLOSE",
+        WRONG,
+        "N=2 SLICE",
+    ),  # the lease ends before `closed` is set: a leave reads as a death
 ]
 MISTAKES = [
     ("rounds", "BUG_ORDER", WRONG, "N=2"),  # flag before payload

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from cases import KINDS, OPS, REDUCING, Case
 from shm_world import caught
 
-from tpmp_kernels.comm import communicator, messages
-from tpmp_kernels.comm.process_group import ProcessGroupCommunicator
+from tpmp_kernels.comm import communicator
+from tpmp_kernels.comm.process_group import ProcessGroupCommunicator, messages
 
 
 def _world(timeout: float = 20):

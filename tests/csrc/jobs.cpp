@@ -1,5 +1,5 @@
-// Whole jobs killed at random times, from before their ranks have met until they are in the middle of calls: what is left
-// of a thousand of them.
+// Whole jobs killed at random times, from before their ranks have met until they are in the middle of calls: what is
+// left of a thousand of them.
 #include "modes.hpp"
 
 #include <dirent.h>

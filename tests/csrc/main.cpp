@@ -15,7 +15,8 @@ int main(int argc, char** argv) {
 #ifdef TPMP_FAILPOINTS
   if (std::strcmp(mode, "deaths") == 0) return deaths(seed, count);
   if (std::strcmp(mode, "faults") == 0) return faults();
+  if (std::strcmp(mode, "pass_by") == 0) return pass_by();
 #endif
-  std::fprintf(stderr, "expected threads, jobs, or in a build with failpoints deaths, faults; got '%s'\n", mode);
+  std::fprintf(stderr, "expected threads, jobs, or with failpoints deaths, faults, pass_by; got '%s'\n", mode);
   return 2;
 }

@@ -1,3 +1,4 @@
+// What is drawn, what its buffers hold, and what must come out.
 #include "script.hpp"
 
 #include <algorithm>

@@ -1,8 +1,8 @@
 /* What every protocol of the shared segment stands on: doorbell and sleepers, poison word, lease, clean leave, crash.
-   One statement is one access to shared memory, in a sequentially consistent order. N is the number of ranks. COARSE joins
-   steps, for more ranks than the finer ones allow; SPIN (with COARSE) lets nobody sleep, for more rounds.
+   One statement is one access to shared memory, in a sequentially consistent order. N is the number of ranks. COARSE
+   joins steps, for more ranks than the finer ones allow; SPIN (with COARSE) lets nobody sleep, for more rounds.
 
-   Whoever includes this defines READY, the predicate of a wait, and AWAITS(peer), whether it still depends on that peer.
+   Whoever includes this defines READY, the predicate of a wait, and AWAITS(peer), whether it still depends on a peer.
    Nobody is woken by the passing of time unless SLICE is defined: the 20 ms slices of the transport would hide a lost
    wake-up. */
 #define NOBODY N

@@ -15,8 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from tpmp_kernels.comm.messages import REFUSALS, BackendError, Interrupted, Messages, Pending
-from tpmp_kernels.comm.out_of_band import Board
+from tpmp_kernels.comm.process_group.messages import REFUSALS, BackendError, Interrupted, Messages, Pending
+from tpmp_kernels.comm.process_group.out_of_band import Board
 
 FOREVER = float("1e9")  # seconds: whoever waits for the task has the deadline
 _NEVER = (1 << 31) - 1  # the tag of a message that nobody sends

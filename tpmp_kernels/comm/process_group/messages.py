@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from tpmp_kernels.comm.arguments import Collective
-from tpmp_kernels.comm.out_of_band import Board
-from tpmp_kernels.comm.reports import Call
+from tpmp_kernels.comm.process_group.out_of_band import Board
+from tpmp_kernels.comm.process_group.reports import Call
 
 _SMALL = 1 << 14  # bytes up to which every rank reduces the whole, beyond two ranks
 _PIECE = 1 << 22  # bytes of each rank that are reduced at a time: bounds the memory for what arrives

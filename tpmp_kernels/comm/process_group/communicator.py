@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 
 from tpmp_kernels import errors
-from tpmp_kernels.comm import agreement
 from tpmp_kernels.comm.arguments import Collective
-from tpmp_kernels.comm.bulletin import second_client
 from tpmp_kernels.comm.communicator import Communicator, Work
-from tpmp_kernels.comm.helpers import FOREVER, Helpers, Interrupt, Message
 from tpmp_kernels.comm.meeting import meeting_place
-from tpmp_kernels.comm.messages import BackendError, Interrupted, Messages, as_bytes
-from tpmp_kernels.comm.native import Native
-from tpmp_kernels.comm.out_of_band import Board
-from tpmp_kernels.comm.reports import COLLECTIVES, Call, Verdict
+from tpmp_kernels.comm.process_group import agreement
+from tpmp_kernels.comm.process_group.bulletin import second_client
+from tpmp_kernels.comm.process_group.helpers import FOREVER, Helpers, Interrupt, Message
+from tpmp_kernels.comm.process_group.messages import BackendError, Interrupted, Messages, as_bytes
+from tpmp_kernels.comm.process_group.native import Native
+from tpmp_kernels.comm.process_group.out_of_band import Board
+from tpmp_kernels.comm.process_group.reports import COLLECTIVES, Call, Verdict
 from tpmp_kernels.errors import TransportError
 
 _REDUCED = (

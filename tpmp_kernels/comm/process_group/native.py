@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from tpmp_kernels.comm.arguments import Collective
-from tpmp_kernels.comm.messages import REFUSALS, BackendError, Interrupted, as_bytes, first_line
-from tpmp_kernels.comm.out_of_band import Board
+from tpmp_kernels.comm.process_group.messages import REFUSALS, BackendError, Interrupted, as_bytes, first_line
+from tpmp_kernels.comm.process_group.out_of_band import Board
 
 _OPS = {
     "sum": dist.ReduceOp.SUM,

@@ -5,7 +5,7 @@ Everything here is computed from reports (reports.py), whatever carried them (ou
 
 from collections.abc import Iterable, Sequence
 
-from tpmp_kernels.comm.reports import COLLECTIVES, Call, Lane, Report, Verdict, members
+from tpmp_kernels.comm.process_group.reports import COLLECTIVES, Call, Lane, Report, Verdict, members
 
 _NAMES = ("kind", "dtype", "count", "reduce op", "root", "tag")
 _STUCK = 0.5  # seconds in one call before circles are looked for
