@@ -34,7 +34,7 @@ std::string number(const char* format, double value) {
 }
 
 // A consistent enough copy of a record: the sequence number is read before and after.
-struct Seen {
+struct Copied {
   uint64_t seq;
   bool done;
   int64_t start_ns, end_ns;
@@ -42,26 +42,26 @@ struct Seen {
   Call call;
 };
 
-bool read_record(const OpRecord& record, uint64_t seq, Seen& seen) {
-  seen.seq = record.seq.load(std::memory_order_acquire);
+bool read_record(const OpRecord& record, uint64_t seq, Copied& copied) {
+  copied.seq = record.seq.load(std::memory_order_acquire);
   const uint64_t what = record.what.load(std::memory_order_acquire);
-  seen.done = what >> 24 & 1;
-  seen.start_ns = record.start_ns.load(std::memory_order_relaxed);
-  seen.end_ns = record.end_ns.load(std::memory_order_relaxed);
+  copied.done = what >> 24 & 1;
+  copied.start_ns = record.start_ns.load(std::memory_order_relaxed);
+  copied.end_ns = record.end_ns.load(std::memory_order_relaxed);
   for (int i = 0; i < 4; ++i) {
     const uint64_t word = record.tag[i].load(std::memory_order_relaxed);
-    std::memcpy(seen.tag + 8 * i, &word, 8);
+    std::memcpy(copied.tag + 8 * i, &word, 8);
   }
-  seen.tag[32] = 0;
-  seen.call = {Kind(what & 0xff), DType(what >> 8 & 0xff), ReduceOp(what >> 16 & 0xff), int(int32_t(what >> 32)),
+  copied.tag[32] = 0;
+  copied.call = {Kind(what & 0xff), DType(what >> 8 & 0xff), ReduceOp(what >> 16 & 0xff), int(int32_t(what >> 32)),
                record.numel.load(std::memory_order_relaxed), {}};
-  return seen.seq == seq && record.seq.load(std::memory_order_acquire) == seq;
+  return copied.seq == seq && record.seq.load(std::memory_order_acquire) == seq;
 }
 
-std::string numbered_words(const Seen& seen) {
-  Call call = seen.call;
-  call.tag = seen.tag;
-  return words(call) + " (call #" + std::to_string(seen.seq) + ")";
+std::string numbered_words(const Copied& copied) {
+  Call call = copied.call;
+  call.tag = copied.tag;
+  return words(call) + " (call #" + std::to_string(copied.seq) + ")";
 }
 
 }  // namespace
@@ -150,9 +150,9 @@ void record_done(RankControl& control, uint64_t seq) {
 }
 
 std::string call_words(const RankControl& control, uint64_t seq) {
-  Seen seen;
-  if (!read_record(control.ops[seq % kOpRecords], seq, seen)) return "call #" + std::to_string(seq);
-  return numbered_words(seen);
+  Copied copied;
+  if (!read_record(control.ops[seq % kOpRecords], seq, copied)) return "call #" + std::to_string(seq);
+  return numbered_words(copied);
 }
 
 std::string record_words(const RankControl& control, int rank) {
@@ -163,13 +163,13 @@ std::string record_words(const RankControl& control, int rank) {
   std::string open, last = "nothing done yet";
   int opened = 0;
   for (uint64_t seq = oldest; seq <= count; ++seq) {
-    Seen seen;
-    if (!read_record(control.ops[seq % kOpRecords], seq, seen)) continue;
-    if (seen.done) {
-      last = "last done " + numbered_words(seen) + number(" %.1f s ago", double(now - seen.end_ns) * 1e-9);
+    Copied copied;
+    if (!read_record(control.ops[seq % kOpRecords], seq, copied)) continue;
+    if (copied.done) {
+      last = "last done " + numbered_words(copied) + number(" %.1f s ago", double(now - copied.end_ns) * 1e-9);
     } else if (++opened <= 3) {
-      open += (opened > 1 ? " and " : " in ") + numbered_words(seen) +
-              number(" for %.1f s", double(now - seen.start_ns) * 1e-9);
+      open += (opened > 1 ? " and " : " in ") + numbered_words(copied) +
+              number(" for %.1f s", double(now - copied.start_ns) * 1e-9);
     }
   }
   if (opened > 3) open += " and " + std::to_string(opened - 3) + " more";

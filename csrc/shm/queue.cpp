@@ -1,5 +1,7 @@
 // The order of collectives. A blocking call with nothing posted before it runs on its caller's thread at once. Posted
 // calls stand in a queue, which the keeper carries out, or whoever waits for one of them: first come, in order.
+#include <algorithm>
+
 #include "failpoint.hpp"
 #include "shm/rounds.hpp"
 
@@ -65,13 +67,19 @@ std::shared_ptr<Posted> ShmTransport::enqueue(Collective call, double timeout) {
 }
 
 void ShmTransport::execute(const Collective& call, const Call& said, uint64_t seq, double timeout, bool on_keeper) {
-  Rounds rounds(*this, call, said, seq, timeout, on_keeper);
-  carry_out(rounds);
+  try {
+    Rounds rounds(*this, call, said, seq, timeout, on_keeper);
+    carry_out(rounds);
+  } catch (const std::exception& error) {
+    if (!poisoned()) abort(error.what());  // this rank's rounds have come apart from the others'
+    throw;
+  }
   record_done(segment_->control(rank_), seq);
 }
 
-// Carries out what is posted, up to `until`; returns at once where another thread is at it.
-void ShmTransport::run_posted(bool on_keeper, const Posted* until) {
+// Carries out what is posted, up to `until`, each in its own timeout and `most_seconds`; returns at once where another
+// thread is at it.
+void ShmTransport::run_posted(bool on_keeper, const Posted* until, double most_seconds) {
   for (bool more = true; more && posted_.load() > 0 && turn_.try_lock();) {
     const std::lock_guard<std::mutex> turn(turn_, std::adopt_lock);
     std::shared_ptr<Posted> front;
@@ -88,8 +96,10 @@ void ShmTransport::run_posted(bool on_keeper, const Posted* until) {
     };
     try {
       check_usable(front->said);
-      execute(front->call, front->said, front->seq, front->timeout, on_keeper);
+      execute(front->call, front->said, front->seq, std::min(front->timeout, most_seconds), on_keeper);
     } catch (const transport_error&) {
+      front->error = std::current_exception();
+    } catch (const std::bad_alloc&) {
       front->error = std::current_exception();
     } catch (...) {  // a signal, on a caller's thread: the group is poisoned by now
       front->error = std::make_exception_ptr(
@@ -108,8 +118,8 @@ void ShmTransport::await_posted(const std::shared_ptr<Posted>& posted, double ti
                     [this](int peer) { return awaits(peer); });
   try {
     watched_wait(*this, watch, spin_ns_, [&] {
-      run_posted(false, posted.get());
-      return posted->done.load(std::memory_order_acquire);
+      run_posted(false, posted.get(), double(watch.deadline_ns() - now_ns()) * 1e-9);
+      return posted->done.load(std::memory_order_acquire) ? Seen::all : Seen::nothing;
     });
   } catch (...) {
     // Its buffers are the caller's again only when nobody is in the middle of it; in a failed group nobody begins.

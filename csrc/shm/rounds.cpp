@@ -80,8 +80,8 @@ void Rounds::await(uint64_t round) {
   const auto arrived = [&] {
     if (on_keeper_) t_.progress();
     for (; next < size; ++next)
-      if (slot(next, round).seq.load(std::memory_order_acquire) != round) return false;
-    return true;
+      if (slot(next, round).seq.load(std::memory_order_acquire) != round) return Seen::nothing;
+    return Seen::all;
   };
   watched_wait(t_, watch_, on_keeper_ ? kKeeperSpinNs : t_.spin_ns_, arrived);
   TPMP_FAILPOINT("collective.after_wait");

@@ -85,8 +85,8 @@ void ShmTransport::await(const Transfer& transfer, double timeout) {
   };
   const Inline here(*this);
   watched_wait(*this, watch, spin_ns_, [&] {
-    progress();
-    return transfer.done.load(std::memory_order_acquire);
+    const bool moved = progress();
+    return transfer.done.load(std::memory_order_acquire) ? Seen::all : moved ? Seen::some : Seen::nothing;
   });
 }
 
@@ -100,14 +100,23 @@ bool ShmTransport::settled(const Transfer& transfer) {
 // In a failed or closed group nobody begins to move a transfer; who is in the middle of it holds this lock.
 void ShmTransport::release_buffers() { const std::lock_guard<std::mutex> lock(progress_mutex_); }
 
-void ShmTransport::progress() {
-  if (pending_.load() == 0) return;
+bool ShmTransport::progress() {
+  if (pending_.load() == 0) return false;
   const std::lock_guard<std::mutex> lock(progress_mutex_);
-  for (int peer = 0; peer < size_; ++peer) {
-    if (poisoned() || closed_.load()) return;  // the buffers are their owners' again
-    if ((!out_[peer].queue.empty() || !out_[peer].lent.empty()) && push(peer)) ring(doorbell(peer));
-    if (!in_[peer].queue.empty() && pull(peer)) ring(doorbell(peer));
+  bool moved = false;
+  try {
+    for (int peer = 0; peer < size_; ++peer) {
+      if (poisoned() || closed_.load()) return false;  // the buffers are their owners' again
+      const bool pushed = !(out_[peer].queue.empty() && out_[peer].lent.empty()) && push(peer);
+      const bool pulled = !in_[peer].queue.empty() && pull(peer);
+      if (pushed || pulled) ring(doorbell(peer));
+      moved = moved || pushed || pulled;
+    }
+  } catch (const std::exception& error) {
+    abort(error.what());  // while nobody else can go on in the middle of a piece
+    throw;
   }
+  return moved;
 }
 
 bool ShmTransport::lends(const Transfer& transfer) const {

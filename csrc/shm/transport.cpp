@@ -42,6 +42,8 @@ char process_state(uint32_t pid) {  // R, S, T (stopped), ...; '?' where it cann
   return after == std::string::npos || after + 2 >= text.size() ? '?' : text[after + 2];
 }
 
+bool stopped(const RankControl& control) { return process_state(control.pid.load()) == 'T'; }
+
 }  // namespace
 
 // Of the keeper's waits: they end when the transport closes, and turn a lost lease into poison.
@@ -97,11 +99,16 @@ ShmTransport::~ShmTransport() { close(); }
 void ShmTransport::keep() {
   pthread_setname_np(pthread_self(), "tpmp-keeper");
   const auto closing = [this] {
-    progress();
-    run_posted(true, nullptr);
-    return closed_.load();
+    bool moved = false;
+    try {
+      moved = progress();
+      run_posted(true, nullptr, kForever);
+    } catch (const std::exception& error) {  // a lack of memory, above all
+      abort(error.what());
+    }
+    return closed_.load() ? Seen::all : moved ? Seen::some : Seen::nothing;
   };
-  wait_until(closing, KeeperWatch(*this), 0);
+  wait_until(closing, KeeperWatch(*this), kKeeperSpinNs);
   pthread_mutex_unlock(&segment_->control(rank_).lease);
 }
 
@@ -197,12 +204,18 @@ std::shared_ptr<Block> ShmTransport::allocate(size_t bytes) {
   return std::make_shared<Block>(heap_, bytes);
 }
 
+std::vector<int> ShmTransport::stopped_peers() const {
+  std::vector<int> peers;
+  for (int peer = 0; peer < size_; ++peer)
+    if (peer != rank_ && stopped(segment_->control(peer))) peers.push_back(peer);
+  return peers;
+}
+
 std::vector<std::string> ShmTransport::last_ops() {
   std::vector<std::string> lines;
   for (int rank = 0; rank < size_; ++rank) {
     const RankControl& control = segment_->control(rank);
-    const bool stopped = process_state(control.pid.load()) == 'T';
-    lines.push_back(record_words(control, rank) + (stopped ? "; it is stopped (SIGSTOP or a debugger)" : ""));
+    lines.push_back(record_words(control, rank) + (stopped(control) ? "; it is stopped (SIGSTOP or a debugger)" : ""));
   }
   return lines;
 }

@@ -21,7 +21,9 @@
 
 namespace tpmp::shm {
 
-constexpr int64_t kKeeperSpinNs = 5'000;  // the keeper leaves the core to the caller
+constexpr int64_t kKeeperSpinNs = 20'000;  // a little more than a piece takes; the core is the caller's
+
+constexpr double kForever = 1e9;  // seconds
 
 struct Posted;
 struct Transfer;
@@ -59,6 +61,7 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   int lost_peer() const;  // a peer whose lease ended without `closed`, or -1
   bool closed(int peer) const { return segment_->control(peer).closed.load(std::memory_order_acquire) != 0; }
   std::string died_words(int peer) const;
+  std::vector<int> stopped_peers() const;
   std::string identity() const;
   Bell doorbell(int rank) const;
   void ring_others() const;
@@ -67,7 +70,7 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   // queue.cpp
   std::shared_ptr<Posted> enqueue(Collective, double timeout);
   void execute(const Collective&, const Call& said, uint64_t seq, double timeout, bool on_keeper);
-  void run_posted(bool on_keeper, const Posted* until);
+  void run_posted(bool on_keeper, const Posted* until, double most_seconds);
   void await_posted(const std::shared_ptr<Posted>& posted, double timeout);
   bool awaits(int peer) const;  // whether the collective under way waits for that peer
 
@@ -81,7 +84,7 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   void await(const Transfer& transfer, double timeout);
   bool settled(const Transfer& transfer);
   void release_buffers();
-  void progress();
+  bool progress();  // true where something moved
   bool push(int dst);
   bool pull(int src);
   bool accept(const Transfer& transfer, const SlotHeader& slot);

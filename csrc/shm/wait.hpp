@@ -67,7 +67,11 @@ inline bool futex_sleep(Bell bell, uint32_t seen, int64_t ns) {
   return rc < 0 && (errno == ETIMEDOUT || errno == EINTR);
 }
 
-// Returns once pred() is true. The watch decides what else may end the wait:
+// What a predicate has seen: nothing new, some of what it waits for, or all of it.
+enum class Seen { nothing, some, all };
+
+// Returns once pred() has seen all. Whenever it has seen some, the time to spin begins anew: a stream that flows is not
+// slept on (a sleep costs more than a piece of it). The watch decides what else may end the wait:
 //   glance()        cheap, in every round; throws where the group is poisoned
 //   look(tick)      before each sleep: leases, deadline, signals (where tick); true for a fault
 //   fail()          throws the fault that look found. pred is asked once more before: what a peer published before it
@@ -76,26 +80,32 @@ inline bool futex_sleep(Bell bell, uint32_t seen, int64_t ns) {
 //   deadline_ns()   CLOCK_MONOTONIC, or kNever
 template <class Pred, class Watch>
 void wait_until(Pred&& pred, Watch&& watch, int64_t spin_ns) {
-  const int64_t spin_end = spin_ns == 0 ? 0 : now_ns() + spin_ns;
+  int64_t spin_end = spin_ns == 0 ? 0 : now_ns() + spin_ns;
+  bool tick = false;
   for (uint32_t turn = 1;; ++turn) {
-    if (pred()) return;
+    const Seen seen = pred();
+    if (seen == Seen::all) return;
     watch.glance();
-    if (spin_ns == 0 || (turn % kTurns == 0 && now_ns() >= spin_end)) break;
-    if (turn % kTurns == 0) sched_yield();
-    cpu_relax();
-  }
-  for (bool tick = false;;) {
+    if (spin_ns != 0) {
+      if (seen == Seen::some) spin_end = now_ns() + spin_ns;
+      if (turn % kTurns != 0 || now_ns() < spin_end) {
+        if (turn % kTurns == 0) sched_yield();
+        cpu_relax();
+        continue;
+      }
+    }
     const Bell bell = watch.bell();
-    const uint32_t seen = bell.word->load(std::memory_order_acquire);
+    const uint32_t rung = bell.word->load(std::memory_order_acquire);
     const Sleeping announced(bell);
-    if (pred()) return;
+    if (pred() == Seen::all) return;
     watch.glance();
     if (watch.look(tick)) {
-      if (pred()) return;
+      if (pred() == Seen::all) return;
       watch.fail();
     }
     const int64_t left = watch.deadline_ns() == kNever ? kSliceNs : watch.deadline_ns() - now_ns();
-    tick = futex_sleep(bell, seen, std::clamp<int64_t>(left, 1000, kSliceNs));
+    tick = futex_sleep(bell, rung, std::clamp<int64_t>(left, 1000, kSliceNs));
+    turn = kTurns - 1;  // looks at the clock next
   }
 }
 

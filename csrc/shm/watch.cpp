@@ -19,7 +19,7 @@ std::string seconds(double value) {
 CallerWatch::CallerWatch(ShmTransport& transport, const Call& call, uint64_t seq, uint64_t number, double timeout,
                          std::function<bool(int)> awaited, bool own_thread)
     : transport_(transport), call_(call), seq_(seq), number_(number), timeout_(timeout), awaited_(std::move(awaited)),
-      own_thread_(own_thread), start_(now_ns()), deadline_(start_ + int64_t(std::min(timeout, 1e9) * 1e9)) {}
+      own_thread_(own_thread), start_(now_ns()), deadline_(start_ + int64_t(std::min(timeout, kForever) * 1e9)) {}
 
 std::string CallerWatch::where() const {
   return " | in " + words(call_) + " (call #" + std::to_string(seq_) + ") | waited " +
@@ -75,7 +75,8 @@ void CallerWatch::fail() {
   t.throw_poison(where());
 }
 
-// Whom this rank waited for, and what every rank was doing. One missing rank alone is the culprit.
+// Whom this rank waited for, and what every rank was doing. One missing rank alone is the culprit, or else the one that
+// is stopped, for whom the missing may be waiting too.
 std::string CallerWatch::late_words() {
   std::string missing;
   int count = 0;
@@ -87,6 +88,8 @@ std::string CallerWatch::late_words() {
   std::string text = transport_.identity() + " gave up after " + seconds(timeout_) + " s in " + words(call_) +
                      "; still waiting for rank " + missing + ". Last operations:";
   for (const std::string& line : transport_.last_ops()) text += "\n  " + line;
+  const std::vector<int> stopped = transport_.stopped_peers();
+  if (stopped.size() == 1) culprit_ = stopped[0];
   return text + "\n";
 }
 

@@ -205,6 +205,20 @@ def test_a_timeout_tells_on_every_rank_what_each_was_doing(ranks):
         assert "last done all_reduce sum fp32[3] 'first' (call #1)" in text
 
 
+def _waits_shortly():
+    comm = world(timeout=30)
+    work = comm.all_reduce(torch.ones(8), async_op=True) if comm.rank == 0 else None
+    start = time.monotonic()
+    seen = caught(lambda: work.wait(0.2)) if work else None
+    dist.barrier()
+    return seen, time.monotonic() - start
+
+
+def test_a_wait_has_a_timeout_of_its_own(ranks):
+    (kind, culprit, text), seconds = ranks(2).run(_waits_shortly)[0]
+    assert (kind, culprit) == ("TransportTimeout", 1) and 0.18 < seconds < 2, text
+
+
 # ---- ranks that wait for each other
 
 _FACING = {

@@ -132,8 +132,7 @@ def check_faults(lines: list[dict]):
     check_all_agree(groups["late"], 6)  # stopped or paused, and woken in time: no error, right results
     for name in ("throw", "bad_alloc", "errno"):
         check_all_agree(groups[name], 18)
-    runs = 6
-    assert number(groups["stop"], "runs", "struck", "hung", "told", "same", "said") == [runs, runs, 0, *[runs] * 3]
+    check_all_agree(groups["stop"], 6)
     assert number(groups["cascade"], "runs", "struck", "same", "right") == [18] * 4
     assert float(groups["cascade"]["second"]) > 0
 

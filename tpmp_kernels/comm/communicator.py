@@ -170,25 +170,26 @@ class Communicator(ABC):
     def send(self, tensor: torch.Tensor, dst: int, *, tag: str = "") -> None:
         """Return once `tensor` may be changed, which can be before rank `dst` has received it."""
         arguments.check_peer("send", "dst", self.rank, self.size, dst)
-        self._isend(self._dense("send", tensor, written=False), dst, tag, waits=True).wait()
+        self._send(self._dense("send", tensor, written=False), dst, tag)
 
     def recv(self, tensor: torch.Tensor, src: int, *, tag: str = "") -> torch.Tensor:
         """Fill `tensor` with the next message of rank `src`, which must match in dtype and count; return it."""
         arguments.check_peer("recv", "src", self.rank, self.size, src)
         dense = self._dense("recv", tensor, written=True)
-        self._irecv(dense, src, tag, lambda: _write_back(tensor, dense), waits=True).wait()
+        self._recv(dense, src, tag)
+        _write_back(tensor, dense)
         return tensor
 
     def isend(self, tensor: torch.Tensor, dst: int, *, tag: str = "") -> Work:
         """Post a send. Messages of one pair of ranks arrive in the order in which they were posted."""
         arguments.check_peer("send", "dst", self.rank, self.size, dst)
-        return self._isend(self._dense("send", tensor, written=False), dst, tag, waits=False)
+        return self._isend(self._dense("send", tensor, written=False), dst, tag)
 
     def irecv(self, tensor: torch.Tensor, src: int, *, tag: str = "") -> Work:
         """Post a receive; see isend for the order."""
         arguments.check_peer("recv", "src", self.rank, self.size, src)
         dense = self._dense("recv", tensor, written=True)
-        return self._irecv(dense, src, tag, lambda: _write_back(tensor, dense), waits=False)
+        return self._irecv(dense, src, tag, lambda: _write_back(tensor, dense))
 
     # ---- memory, faults, life
 
@@ -223,12 +224,20 @@ class Communicator(ABC):
         """Post the call; its Work calls `landed()` once, when the bytes are in place, on the waiting thread."""
 
     @abstractmethod
-    def _isend(self, tensor: torch.Tensor, dst: int, tag: str, *, waits: bool) -> Work:
-        """Post the send; `waits` where the caller waits at once."""
+    def _isend(self, tensor: torch.Tensor, dst: int, tag: str) -> Work:
+        """Post the send."""
 
     @abstractmethod
-    def _irecv(self, tensor: torch.Tensor, src: int, tag: str, landed: Callable[[], None], *, waits: bool) -> Work:
+    def _irecv(self, tensor: torch.Tensor, src: int, tag: str, landed: Callable[[], None] | None) -> Work:
         """Post the receive; `landed` as in _post."""
+
+    def _send(self, tensor: torch.Tensor, dst: int, tag: str) -> None:
+        """Send, blocking; a transport may have a shorter way than to post and wait."""
+        self._isend(tensor, dst, tag).wait()
+
+    def _recv(self, tensor: torch.Tensor, src: int, tag: str) -> None:
+        """Receive, blocking."""
+        self._irecv(tensor, src, tag, None).wait()
 
     def __enter__(self) -> "Communicator":
         return self

@@ -103,20 +103,20 @@ class EmulatedLink(Communicator):
         self._incoming.occupy(begin, end)
         return end
 
-    def _isend(self, tensor: torch.Tensor, dst: int, tag: str, *, waits: bool) -> "_Late":
+    def _isend(self, tensor: torch.Tensor, dst: int, tag: str) -> "_Late":
         with self._ordered():
             begin = max(time.monotonic(), self._outgoing)
             self._outgoing = begin + _nbytes(tensor) / self.bandwidth
-            carried = self._comm._isend(tensor, dst, tag, waits=False)
+            carried = self._comm._isend(tensor, dst, tag)
             stamp = torch.tensor([begin], dtype=torch.float64)
             stamped = self._after(carried, lambda: self._comm.isend(stamp, dst, tag=_STAMP.format(tag)))
         work = _Late(self, f"send to rank {dst}", carried, stamped)
         work.due = 0.0  # the tensor may be changed as soon as the bytes are out of it
         return work
 
-    def _irecv(self, tensor: torch.Tensor, src: int, tag: str, landed: Callable[[], None], *, waits: bool) -> "_Late":
+    def _irecv(self, tensor: torch.Tensor, src: int, tag: str, landed: Callable[[], None] | None) -> "_Late":
         with self._ordered():
-            carried = self._comm._irecv(tensor, src, tag, landed, waits=False)
+            carried = self._comm._irecv(tensor, src, tag, landed)
             stamp = torch.empty(1, dtype=torch.float64)
             stamped = self._after(carried, lambda: self._comm.irecv(stamp, src, tag=_STAMP.format(tag)))
             work = _Late(self, f"recv from rank {src}", carried, stamped)

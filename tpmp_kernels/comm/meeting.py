@@ -88,7 +88,7 @@ def _share(meeting: "_Meeting"):
         return None, meeting.exchange("attached", str(error))
     meeting.set("segment", f"{server.address} {server.nonce}")
     try:
-        return core, meeting.exchange("attached", "", meanwhile=lambda: server.serve(0.02))
+        return core, meeting.exchange("attached", "", meanwhile=lambda: server.serve(0.002))
     except TransportError:
         core.close()
         raise

@@ -87,18 +87,31 @@ class ShmCommunicator(Communicator):
             raise _with_shape(error, call.tensor) from None
         return self._keep(core, (call.input, call.output), call.tensor, landed)
 
-    def _isend(self, tensor: torch.Tensor, dst: int, tag: str, *, waits: bool) -> Work:
-        return self._transfer(self._core.isend, tensor, dst, tag, None, waits)
+    def _isend(self, tensor: torch.Tensor, dst: int, tag: str) -> Work:
+        return self._keep(self._transfer(self._core.isend, tensor, dst, tag, False), (tensor,), tensor, None)
 
-    def _irecv(self, tensor: torch.Tensor, src: int, tag: str, landed: Callable[[], None], *, waits: bool) -> Work:
-        return self._transfer(self._core.irecv, tensor, src, tag, landed, waits)
+    def _irecv(self, tensor: torch.Tensor, src: int, tag: str, landed: Callable[[], None] | None) -> Work:
+        return self._keep(self._transfer(self._core.irecv, tensor, src, tag, False), (tensor,), tensor, landed)
 
-    def _transfer(self, call: Callable, tensor: torch.Tensor, peer: int, tag: str, landed, waits: bool) -> "_ShmWork":
+    def _send(self, tensor: torch.Tensor, dst: int, tag: str) -> None:
+        self._at_once(self._core.isend, tensor, dst, tag)
+
+    def _recv(self, tensor: torch.Tensor, src: int, tag: str) -> None:
+        self._at_once(self._core.irecv, tensor, src, tag)
+
+    def _transfer(self, call: Callable, tensor: torch.Tensor, peer: int, tag: str, waits: bool):
         try:
-            core = call(tensor.data_ptr(), tensor.numel(), _DTYPES[tensor.dtype], peer, tag, waits)
+            return call(tensor.data_ptr(), tensor.numel(), _DTYPES[tensor.dtype], peer, tag, waits)
         except TransportError as error:
             raise _with_shape(error, tensor) from None
-        return self._keep(core, (tensor,), tensor, landed)
+
+    def _at_once(self, call: Callable, tensor: torch.Tensor, peer: int, tag: str) -> None:
+        with self._timed():
+            core = self._transfer(call, tensor, peer, tag, True)
+            try:
+                core.wait(self.timeout)
+            except TransportError as error:
+                raise _with_shape(error, tensor) from None
 
     def _keep(self, core, tensors: tuple, tensor: torch.Tensor | None, landed) -> "_ShmWork":
         self._posted = [(other, buffers) for other, buffers in self._posted if not other.done()]

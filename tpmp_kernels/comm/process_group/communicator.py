@@ -124,10 +124,10 @@ class ProcessGroupCommunicator(Communicator):
             return _PostedWork(self, record, self._helpers.post(lambda: messages.carry(call, record, FOREVER)), landed)
         return _PostedWork(self, record, self._attempt(record, lambda _: self._start(call), self.timeout), landed)
 
-    def _isend(self, tensor: torch.Tensor, dst: int, tag: str, *, waits: bool) -> Work:
+    def _isend(self, tensor: torch.Tensor, dst: int, tag: str) -> Work:
         return self._transfer("send", f"{self.rank}>{dst}", tensor, dst, tag, None)
 
-    def _irecv(self, tensor: torch.Tensor, src: int, tag: str, landed: Callable[[], None], *, waits: bool) -> Work:
+    def _irecv(self, tensor: torch.Tensor, src: int, tag: str, landed: Callable[[], None] | None) -> Work:
         return self._transfer("recv", f"{src}>{self.rank}", tensor, src, tag, landed)
 
     def _transfer(self, kind: str, lane: str, tensor: torch.Tensor, peer: int, tag: str, landed) -> Work:

@@ -1,4 +1,4 @@
-"""TpmpGroup: the ProcessGroup of the backend "tpmp": its life, and how a call goes; backend_calls.py has the calls.
+"""TpmpGroup: the ProcessGroup of the backend "tpmp": its life, and how a call goes; calls.py has the calls.
 
 A call with `asyncOp` false is carried out inline and returns COMPLETED; others are posted. Tags and shapes are as
 strict as the communicator's: a receive takes the next message of its source, whose tag must be its own.
@@ -10,8 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from tpmp_kernels.comm.backend_calls import BackendCalls
-from tpmp_kernels.comm.backend_work import COMPLETED, Finisher, PostedWork, WorkPart
+from tpmp_kernels.comm.backend.calls import BackendCalls
+from tpmp_kernels.comm.backend.work import COMPLETED, Finisher, PostedWork, WorkPart
 from tpmp_kernels.comm.communicator import Communicator
 
 

@@ -3,7 +3,7 @@
     import tpmp_kernels.comm                                  # registers it
     dist.init_process_group("cpu:tpmp,cuda:nccl")             # or "tpmp"; also new_group(backend="tpmp")
 
-CPU tensors go through a communicator over shared memory (backend_group.py). Where the ranks of a group do not share
+CPU tensors go through a communicator over shared memory (group.py). Where the ranks of a group do not share
 memory, which is said in one logged line, or TPMP_TRANSPORT asks for process_group, the group is torch's own gloo.
 Where this torch has NCCL and a GPU, CUDA tensors go to NCCL: c10d keeps nothing but the group that this backend
 returns, and does not say which others were asked for.
@@ -22,7 +22,7 @@ from torch._C import _distributed_c10d as c10d
 from tpmp_kernels import env
 from tpmp_kernels.comm import meeting
 from tpmp_kernels.comm.alone import SelfCommunicator
-from tpmp_kernels.comm.backend_group import TpmpGroup
+from tpmp_kernels.comm.backend.group import TpmpGroup
 from tpmp_kernels.comm.communicator import Communicator
 from tpmp_kernels.errors import UsageError
 
