@@ -93,17 +93,25 @@ void bind_transport(py::module_& m) {
       .def("run", &Transport::run, "call"_a, "timeout"_a, release(), "Carries out a collective.")
       .def("post", &Transport::post, "call"_a, "timeout"_a, release(), "Posts a collective.")
       .def("isend",
-           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int dst, const std::string& tag, bool waits) {
-             return t.isend(pointer<const void>(data), numel, DType(dtype), dst, tag, waits);
+           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int dst, const std::string& tag) {
+             return t.isend(pointer<const void>(data), numel, DType(dtype), dst, tag, false);
            },
-           "data"_a, "numel"_a, "dtype"_a, "dst"_a, "tag"_a, "waits"_a, release(),
-           "Posts a send; `waits` where wait follows at once.")
+           "data"_a, "numel"_a, "dtype"_a, "dst"_a, "tag"_a, release(), "Posts a send.")
       .def("irecv",
-           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int src, const std::string& tag, bool waits) {
-             return t.irecv(pointer<void>(data), numel, DType(dtype), src, tag, waits);
+           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int src, const std::string& tag) {
+             return t.irecv(pointer<void>(data), numel, DType(dtype), src, tag, false);
            },
-           "data"_a, "numel"_a, "dtype"_a, "src"_a, "tag"_a, "waits"_a, release(),
-           "Posts a receive; `waits` where wait follows at once.")
+           "data"_a, "numel"_a, "dtype"_a, "src"_a, "tag"_a, release(), "Posts a receive.")
+      .def("send",
+           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int dst, const std::string& tag, double timeout) {
+             t.isend(pointer<const void>(data), numel, DType(dtype), dst, tag, true)->wait(timeout);
+           },
+           "data"_a, "numel"_a, "dtype"_a, "dst"_a, "tag"_a, "timeout"_a, release(), "Sends.")
+      .def("recv",
+           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int src, const std::string& tag, double timeout) {
+             t.irecv(pointer<void>(data), numel, DType(dtype), src, tag, true)->wait(timeout);
+           },
+           "data"_a, "numel"_a, "dtype"_a, "src"_a, "tag"_a, "timeout"_a, release(), "Receives.")
       .def("abort", &Transport::abort, "reason"_a, release(), "Every rank raises PeerFailed with this reason.")
       .def("close", &Transport::close, release(), "Leaves the group; a second call does nothing.")
       .def("last_ops", &Transport::last_ops, release(), "One line a rank: what it is in, and what it did last.");

@@ -99,7 +99,8 @@ def time_steps(options: list[str]) -> dict:
     groups = {"gloo": dist.new_group(backend="gloo"), "tpmp": tpmp_group()}
     steps, losses = {}, {}
     for name, group in groups.items():
-        step = dtensor_gpt.stepper(args, DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",)))
+        # DTensor takes meshes of equal names and ranks for one, and with it the group of the first.
+        step = dtensor_gpt.stepper(args, DeviceMesh.from_group(group, "cpu", mesh_dim_names=(f"tp_{name}",)))
         losses[name] = [step(i) for i in range(2)]
         steps[name] = functools.partial(step, 2)
     if losses["tpmp"] != pytest.approx(losses["gloo"], rel=1e-4):

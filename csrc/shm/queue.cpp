@@ -1,11 +1,18 @@
 // The order of collectives. A blocking call with nothing posted before it runs on its caller's thread at once. Posted
-// calls stand in a queue, which the keeper carries out, or whoever waits for one of them: first come, in order.
+// calls stand in a queue, which the keeper carries out, or whoever waits for one of them: first come, in order. The
+// keeper lets a moment pass, because many callers post and wait at once; two threads of a rank at one call cost more.
 #include <algorithm>
 
 #include "failpoint.hpp"
 #include "shm/rounds.hpp"
 
 namespace tpmp::shm {
+
+namespace {
+
+constexpr int64_t kGraceNs = 30'000;
+
+}  // namespace
 
 struct Posted {
   Collective call;
@@ -40,7 +47,9 @@ void ShmTransport::run(const Collective& call, double timeout) {
     if (posted_.load() == 0) {
       RankControl& control = segment_->control(rank_);
       control.collectives.fetch_add(1, std::memory_order_release);
-      return execute(call, said, record_start(control, said), timeout, false);
+      execute(call, said, record_start(control, said), timeout, false);
+      if (posted_.load() > 0) wake_keeper();  // by another thread, meanwhile
+      return;
     }
   }
   await_posted(enqueue(call, timeout), timeout);
@@ -61,6 +70,7 @@ std::shared_ptr<Posted> ShmTransport::enqueue(Collective call, double timeout) {
   const std::lock_guard<std::mutex> lock(queue_mutex_);
   posted->number = control.collectives.fetch_add(1, std::memory_order_release) + 1;
   posted->seq = record_start(control, posted->said);
+  if (queue_.empty()) keepers_turn_.store(now_ns() + kGraceNs);
   queue_.push_back(posted);
   posted_.fetch_add(1);
   return posted;
@@ -91,6 +101,7 @@ void ShmTransport::run_posted(bool on_keeper, const Posted* until, double most_s
     const auto leave = [&] {
       const std::lock_guard<std::mutex> lock(queue_mutex_);
       queue_.pop_front();
+      keepers_turn_.store(queue_.empty() ? kNever : 0);
       posted_.fetch_sub(1);
       front->done.store(true, std::memory_order_release);
     };
@@ -110,6 +121,7 @@ void ShmTransport::run_posted(bool on_keeper, const Posted* until, double most_s
     leave();
     ring(doorbell(rank_));
     more = front.get() != until;
+    if (!more && posted_.load() > 0) wake_keeper();
   }
 }
 

@@ -13,6 +13,12 @@
 
 namespace tpmp::shm {
 
+namespace {
+
+constexpr int64_t kUnderWay = 4;
+
+}  // namespace
+
 Rounds::Rounds(ShmTransport& transport, const Collective& call, const Call& said, uint64_t seq, double timeout,
                bool on_keeper)
     : call(call), rank(transport.rank_), size(transport.size_), element(element_bytes(call.dtype)),
@@ -83,7 +89,10 @@ void Rounds::await(uint64_t round) {
       if (slot(next, round).seq.load(std::memory_order_acquire) != round) return Seen::nothing;
     return Seen::all;
   };
-  watched_wait(t_, watch_, on_keeper_ ? kKeeperSpinNs : t_.spin_ns_, arrived);
+  // After the first round all are known to be at it: a sleep would cost more than the wait.
+  const int64_t spin_ns = (on_keeper_ ? kKeeperSpinNs : t_.spin_ns_) * (under_way_ ? kUnderWay : 1);
+  watched_wait(t_, watch_, spin_ns, arrived);
+  under_way_ = true;
   TPMP_FAILPOINT("collective.after_wait");
   check(round);
   for (int r = 0; r < size; ++r) lent_ = lent_ || lent(r, round);

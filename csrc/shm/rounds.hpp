@@ -45,7 +45,7 @@ class Rounds {
   const uint64_t print_, id_;
   const bool on_keeper_;
   CallerWatch watch_;
-  bool lent_ = false;
+  bool lent_ = false, under_way_ = false;
 };
 
 void carry_out(Rounds& rounds);  // collectives.cpp

@@ -8,6 +8,12 @@
 
 namespace tpmp::shm {
 
+namespace {
+
+constexpr size_t kLeastPiece = 16 << 10;
+
+}  // namespace
+
 struct Transfer {
   std::string tag;
   Call call;              // call.tag views `tag`
@@ -123,6 +129,12 @@ bool ShmTransport::lends(const Transfer& transfer) const {
   return transfer.bytes > segment_->header().p2p_bytes && segment_->in_heap(rank_, transfer.data, transfer.bytes);
 }
 
+// A short message goes in several pieces, too, so that the receiver takes the first while the next is written.
+size_t ShmTransport::piece_bytes(size_t message_bytes) const {
+  const size_t fourth = (message_bytes / 4 + kLine - 1) / kLine * kLine;
+  return std::min<size_t>(segment_->header().p2p_bytes, std::max(kLeastPiece, fourth));
+}
+
 // Writes as many pieces as there is credit for; true where at least one was published.
 bool ShmTransport::push(int dst) {
   Lane& lane = out_[dst];
@@ -138,7 +150,7 @@ bool ShmTransport::push(int dst) {
     slot.offset = transfer.moved;
     const bool lent = lends(transfer);
     slot.lent = lent ? uint64_t(transfer.data - segment_->heap(rank_)) + 1 : 0;
-    slot.bytes = lent ? transfer.bytes : std::min<size_t>(h.p2p_bytes, transfer.bytes - transfer.moved);
+    slot.bytes = lent ? transfer.bytes : std::min(piece_bytes(transfer.bytes), transfer.bytes - transfer.moved);
     if (!lent) std::memcpy(slot.payload(), transfer.data + transfer.moved, slot.bytes);
     transfer.moved += slot.bytes;
     TPMP_FAILPOINT("transfer.before_publish");

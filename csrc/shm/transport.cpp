@@ -17,6 +17,7 @@ namespace tpmp::shm {
 namespace {
 
 constexpr int64_t kSpinNs = 50'000;
+constexpr int64_t kBusyNs = 1'000'000;
 constexpr int64_t kCrowdedSpinNs = 5'000;  // with more ranks than cores, where a peer needs the core
 constexpr const char* kRemedy =
     " | do: close this communicator on every rank and make a new one (communicator(group) again)";
@@ -64,7 +65,11 @@ class KeeperWatch {
     if (idle) return {&transport_.keeper_word_, &transport_.keeper_sleepers_};
     return transport_.doorbell(transport_.rank_);
   }
-  int64_t deadline_ns() const { return kNever; }
+  int64_t deadline_ns() const {
+    const int64_t turn = transport_.keepers_turn_.load(), now = now_ns();
+    // What is due and still there is another thread's at this moment, which wakes this one when it leaves any behind.
+    return turn <= now ? now + kBusyNs : turn;
+  }
 
  private:
   ShmTransport& transport_;
@@ -102,7 +107,7 @@ void ShmTransport::keep() {
     bool moved = false;
     try {
       moved = progress();
-      run_posted(true, nullptr, kForever);
+      if (now_ns() >= keepers_turn_.load()) run_posted(true, nullptr, kForever);
     } catch (const std::exception& error) {  // a lack of memory, above all
       abort(error.what());
     }

@@ -85,6 +85,7 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   bool settled(const Transfer& transfer);
   void release_buffers();
   bool progress();  // true where something moved
+  size_t piece_bytes(size_t message_bytes) const;
   bool push(int dst);
   bool pull(int src);
   bool accept(const Transfer& transfer, const SlotHeader& slot);
@@ -110,6 +111,7 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   std::mutex queue_mutex_;             // guards the queue
   std::deque<std::shared_ptr<Posted>> queue_;
   std::atomic<int> posted_{0};         // its length
+  std::atomic<int64_t> keepers_turn_{kNever};  // when the keeper may take the first of it
 
   std::mutex progress_mutex_;  // guards all below
   struct Lane {

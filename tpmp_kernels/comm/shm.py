@@ -1,6 +1,7 @@
 """The shm transport: CPU ranks of one host over one sealed memory segment (csrc/shm). meeting.py makes it."""
 
 import math
+import time
 import weakref
 from collections.abc import Callable
 
@@ -88,30 +89,32 @@ class ShmCommunicator(Communicator):
         return self._keep(core, (call.input, call.output), call.tensor, landed)
 
     def _isend(self, tensor: torch.Tensor, dst: int, tag: str) -> Work:
-        return self._keep(self._transfer(self._core.isend, tensor, dst, tag, False), (tensor,), tensor, None)
+        return self._transfer(self._core.isend, tensor, dst, tag, None)
 
     def _irecv(self, tensor: torch.Tensor, src: int, tag: str, landed: Callable[[], None] | None) -> Work:
-        return self._keep(self._transfer(self._core.irecv, tensor, src, tag, False), (tensor,), tensor, landed)
+        return self._transfer(self._core.irecv, tensor, src, tag, landed)
 
     def _send(self, tensor: torch.Tensor, dst: int, tag: str) -> None:
-        self._at_once(self._core.isend, tensor, dst, tag)
+        self._at_once(self._core.send, tensor, dst, tag)
 
     def _recv(self, tensor: torch.Tensor, src: int, tag: str) -> None:
-        self._at_once(self._core.irecv, tensor, src, tag)
+        self._at_once(self._core.recv, tensor, src, tag)
 
-    def _transfer(self, call: Callable, tensor: torch.Tensor, peer: int, tag: str, waits: bool):
+    def _transfer(self, call: Callable, tensor: torch.Tensor, peer: int, tag: str, landed) -> "_ShmWork":
         try:
-            return call(tensor.data_ptr(), tensor.numel(), _DTYPES[tensor.dtype], peer, tag, waits)
+            core = call(tensor.data_ptr(), tensor.numel(), _DTYPES[tensor.dtype], peer, tag)
         except TransportError as error:
             raise _with_shape(error, tensor) from None
+        return self._keep(core, (tensor,), tensor, landed)
 
     def _at_once(self, call: Callable, tensor: torch.Tensor, peer: int, tag: str) -> None:
-        with self._timed():
-            core = self._transfer(call, tensor, peer, tag, True)
-            try:
-                core.wait(self.timeout)
-            except TransportError as error:
-                raise _with_shape(error, tensor) from None
+        start = time.perf_counter()
+        try:
+            call(tensor.data_ptr(), tensor.numel(), _DTYPES[tensor.dtype], peer, tag, self.timeout)
+        except TransportError as error:
+            raise _with_shape(error, tensor) from None
+        finally:
+            self.seconds += time.perf_counter() - start
 
     def _keep(self, core, tensors: tuple, tensor: torch.Tensor | None, landed) -> "_ShmWork":
         self._posted = [(other, buffers) for other, buffers in self._posted if not other.done()]
