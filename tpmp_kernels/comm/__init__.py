@@ -3,8 +3,9 @@
 from tpmp_kernels.comm import backend
 from tpmp_kernels.comm.alone import SelfCommunicator
 from tpmp_kernels.comm.communicator import Communicator, Work
+from tpmp_kernels.comm.emulated import EmulatedLink
 from tpmp_kernels.comm.factory import communicator
 
 backend.register()  # torch.distributed's "tpmp"
 
-__all__ = ["Communicator", "SelfCommunicator", "Work", "communicator"]
+__all__ = ["Communicator", "EmulatedLink", "SelfCommunicator", "Work", "communicator"]
