@@ -17,3 +17,14 @@ def caught(call) -> tuple:
     except TransportError as error:
         return type(error).__name__, error.culprit, str(error)
     return "returned", None, repr(result)
+
+
+def refusals(calls) -> list[str]:
+    """The text of the ValueError or TypeError that each call raises, or what it returned."""
+    texts = []
+    for call in calls:
+        try:
+            texts.append(f"returned {call()}")
+        except (ValueError, TypeError) as error:
+            texts.append(str(error))
+    return texts

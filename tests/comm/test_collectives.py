@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from cases import KINDS, REDUCING, Case, same_bits
-from shm_world import caught, world
+from shm_world import caught, refusals, world
 
 from tpmp_kernels.comm._ext import C
 
@@ -158,12 +158,7 @@ def _refusals() -> list[str]:
             lambda: comm.all_reduce(x, async_op=True, op="mean"),
             lambda: comm.reduce(x.int(), 0, "avg"),
         ]
-        texts = []
-        for call in calls:
-            try:
-                texts.append(f"returned {call()}")
-            except (ValueError, TypeError) as error:
-                texts.append(str(error))
+        texts = refusals(calls)
         comm.barrier()  # refused before anything reached the peers
         return texts
 

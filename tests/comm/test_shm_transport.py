@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import OPS, same_bits, tree
-from shm_world import world
+from shm_world import refusals, world
 
 from tpmp_kernels.comm import communicator
 from tpmp_kernels.comm._ext import C
@@ -215,12 +215,7 @@ def _refusals() -> list[str]:
             lambda: comm.irecv(ones, 2),
             lambda: comm.send(ones, -1),
         ]
-        texts = []
-        for call in calls:
-            try:
-                texts.append(f"returned {call()}")
-            except (ValueError, TypeError) as error:
-                texts.append(str(error))
+        texts = refusals(calls)
         comm.barrier()  # refused before anything reached the peers
         return texts
 
