@@ -24,7 +24,8 @@ EXTENSION = Pybind11Extension(
     define_macros=[("TPMP_ABI", f'"{ABI}"')],
     cxx_std=17,
     # -g0: debug information triples the build time of pybind11 code.
-    extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
+    # -ffp-contract=off: the same bits on every machine, with or without fused multiply-add.
+    extra_compile_args=["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"],
     extra_link_args=["-pthread"],
     optional=os.environ.get("TPMP_EXT") != "require",
 )

@@ -11,7 +11,7 @@ namespace tpmp::shm {
 namespace {
 
 constexpr size_t kBlock = 512;  // elements; the accumulators of all levels stay in the L1 cache
-constexpr int kLevels = 7;      // of a tree over 64 ranks, and the result
+constexpr int kLevels = 7;      // of a tree over 64 ranks, and one more
 
 struct Add { template <class T> static T of(T a, T b) { return T(a + b); } };
 struct Multiply { template <class T> static T of(T a, T b) { return T(a * b); } };
@@ -36,40 +36,61 @@ T store(Accumulator<T> value) {
   else return value;
 }
 
-int left_ranks(int ranks) {  // the largest power of two below `ranks`
-  return 1 << (31 - __builtin_clz(unsigned(ranks - 1)));
+template <class Op, class A>
+[[gnu::always_inline]] inline void combine(A* into, const A* other, size_t count) {
+  for (size_t i = 0; i < count; ++i) into[i] = Op::of(into[i], other[i]);
 }
 
+// The tree over ranks [0, n): the largest power of two below n on the left. Pairs are leaves; as in a binary counter,
+// a subtree is complete when its right sibling is, and those left at the end are joined from the right.
 template <class T, class Op>
-void tree(const T* const* sources, int ranks, size_t at, size_t count, Accumulator<T> (*levels)[kBlock]) {
-  auto* out = levels[0];
-  if (ranks == 1) {
-    for (size_t i = 0; i < count; ++i) out[i] = load(sources[0][at + i]);
-    return;
-  }
-  if (ranks == 2) {
-    const T *a = sources[0] + at, *b = sources[1] + at;
+[[gnu::always_inline]] inline void block(const T* const* sources, int ranks, size_t at, size_t count,
+                                         Accumulator<T> (*levels)[kBlock]) {
+  int depth = 0;
+  for (int r = 0; r < ranks; r += 2) {
+    auto* out = levels[depth++];
+    const T* a = sources[r] + at;
+    if (r + 1 == ranks) {
+      for (size_t i = 0; i < count; ++i) out[i] = load(a[i]);
+      break;
+    }
+    const T* b = sources[r + 1] + at;
     for (size_t i = 0; i < count; ++i) out[i] = Op::of(load(a[i]), load(b[i]));
-    return;
+    for (int pairs = r / 2; pairs & 1; pairs >>= 1, --depth) combine<Op>(levels[depth - 2], levels[depth - 1], count);
   }
-  const int left = left_ranks(ranks);
-  tree<T, Op>(sources, left, at, count, levels);
-  tree<T, Op>(sources + left, ranks - left, at, count, levels + 1);
-  for (size_t i = 0; i < count; ++i) out[i] = Op::of(out[i], levels[1][i]);
+  for (; depth > 1; --depth) combine<Op>(levels[depth - 2], levels[depth - 1], count);
 }
 
 template <class T, class Op>
-void reduce(const void* const* sources, int ranks, size_t count, bool average, void* out) {
+[[gnu::always_inline]] inline void blocks(const void* const* sources, int ranks, size_t count, bool average,
+                                          void* out) {
   alignas(64) Accumulator<T> levels[kLevels][kBlock];
   auto* inputs = reinterpret_cast<const T* const*>(sources);
   for (size_t at = 0; at < count; at += kBlock) {
     const size_t n = std::min(kBlock, count - at);
-    tree<T, Op>(inputs, ranks, at, n, levels);
+    block<T, Op>(inputs, ranks, at, n, levels);
     if (average)
       for (size_t i = 0; i < n; ++i) levels[0][i] /= Accumulator<T>(ranks);
     T* target = static_cast<T*>(out) + at;
     for (size_t i = 0; i < n; ++i) target[i] = store<T>(levels[0][i]);
   }
+}
+
+#if defined(__x86_64__) && !defined(TPMP_NO_AVX2)
+template <class T, class Op>
+[[gnu::target("avx2")]] void blocks_avx2(const void* const* sources, int ranks, size_t count, bool average, void* out) {
+  blocks<T, Op>(sources, ranks, count, average, out);
+}
+#endif
+
+// The same operations on wider vectors where the machine has them: the same bits, and a tenth of a large all_reduce.
+template <class T, class Op>
+void reduce(const void* const* sources, int ranks, size_t count, bool average, void* out) {
+#if defined(__x86_64__) && !defined(TPMP_NO_AVX2)
+  static const bool avx2 = __builtin_cpu_supports("avx2");
+  if (avx2) return blocks_avx2<T, Op>(sources, ranks, count, average, out);
+#endif
+  blocks<T, Op>(sources, ranks, count, average, out);
 }
 
 template <class T>
