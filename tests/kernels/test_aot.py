@@ -11,6 +11,8 @@ from tpmp_kernels.kernels import tiles
 
 pytest.importorskip("triton")
 
+from aot_checks import assert_no_spill
+
 from tpmp_kernels.kernels import activation_grad, aot, linear
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -59,11 +61,6 @@ def check(dtype: str, tile: tiles.Tile, epilogue: tiles.Epilogue, k: int) -> Non
     else:
         assert built.count("HGMMA") > 0, "no tensor-core product"
         assert built.register_operands() == 0, "a product takes A from registers"
-
-
-def assert_no_spill(built: aot.Compiled) -> None:
-    spills = built.count("LDL") + built.count("STL")
-    assert (built.stack, spills) == (0, 0), f"spills: stack {built.stack} B, {spills} local accesses"
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=name_of)

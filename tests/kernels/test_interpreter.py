@@ -2,19 +2,16 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
+import interpreter_cases  # noqa: F401
 import pytest
-from interpreter_cases import CASES
+from interpreter import CASES, sampled
 
 PROGRAM = Path(__file__).parent / "interpreter_cases.py"
-ALWAYS = [name for name in CASES if name.split("-")[0] not in ("linear", "activation_grad")]
-RANDOM = [name for name in CASES if name not in ALWAYS]
-SAMPLE = ALWAYS + random.Random(2).sample([name for name in RANDOM if name.startswith("linear")], 40)
-SAMPLE += random.Random(3).sample([name for name in RANDOM if name.startswith("activation_grad")], 15)
+SAMPLE = sampled()
 REST = [name for name in CASES if name not in SAMPLE]
 
 

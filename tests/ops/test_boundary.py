@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import ADD_RMS_NORM, GATED, LINEARS, PROBLEMS, RMS_NORM, flat
+from problems import ADD_RMS_NORM, GATED, INNER, LINEARS, PROBLEMS, RMS_NORM, flat
 
 from tpmp_kernels import ops, reference
 
@@ -33,21 +33,9 @@ def test_opcheck_dtypes_and_layouts(problem, dtype, layout):
     torch.library.opcheck(raw(problem), problem.raw(*inputs))
 
 
-def test_opcheck_inner_ops():
-    """The ops that only an autograd.Function calls have no gradient of their own; their fakes must agree too."""
-    x, w, b, r = LINEARS[1].inputs(torch.float32)
-    y, z = torch.ops.tpmp_kernels.linear_with_preact(x, w, b, r, "gelu")
-    torch.library.opcheck(torch.ops.tpmp_kernels.linear_with_preact.default, (x, w, b, r, "gelu"))
-    for dy in (y, y.transpose(0, 1).contiguous().transpose(0, 1)):
-        for bias in (False, True):
-            torch.library.opcheck(torch.ops.tpmp_kernels.linear_dz.default, (dy, z, "gelu", bias))
-    torch.library.opcheck(torch.ops.tpmp_kernels.gated_linear_with_preact.default, (x, w, w, "silu"))
-    torch.library.opcheck(torch.ops.tpmp_kernels.gated_linear_dz.default, (y, z, z, "silu"))
-    h, weight, residual = ADD_RMS_NORM.inputs(torch.float32)
-    rstd = torch.rand(*h.shape[:-1], 1)
-    for dh in (None, residual):
-        args = (h, dh, h, weight, rstd, True)
-        torch.library.opcheck(torch.ops.tpmp_kernels.rms_norm_backward.default, args)
+@pytest.mark.parametrize("inner", INNER, ids=lambda i: i.name)
+def test_opcheck_inner_ops(inner):
+    torch.library.opcheck(raw(inner), inner.arguments())
 
 
 @a_few
