@@ -1,4 +1,5 @@
-"""The pytest side of the benchmarks: `compare` times one case, and the session ends with one table and its rows.
+"""The pytest side of the benchmarks: `compare` times one case, and the session ends with one table, its rows, and the
+BARS of the modules that took part.
 
     def test_gelu(compare):
         compare(lambda: interleave({...}, rounds=20, iterations=10), case="gelu", shape="512x768", dtype="bf16",
@@ -18,6 +19,7 @@ import torch
 from tpmp_kernels import bench
 
 _ROWS = pytest.StashKey[list]()
+_BARS = pytest.StashKey[list]()
 _PLACES = pytest.StashKey[dict]()
 _RESULTS = Path(__file__).parent / "results"
 
@@ -25,6 +27,7 @@ _RESULTS = Path(__file__).parent / "results"
 def pytest_configure(config):
     config.option.benchmark_quiet = True  # its table shows one number for all contenders of a case
     config.stash[_ROWS] = []
+    config.stash[_BARS] = []
     config.stash[_PLACES] = {}
 
 
@@ -45,12 +48,15 @@ def compare(benchmark, request):
     bench.rows_of, and `device` ("cpu" or "cuda") and `threads` (by default those of this process) say where it ran.
     """
 
+    bars = request.config.stash[_BARS]
+
     def run(measure, *, device: str = "cpu", threads: int | None = None, **names) -> list[bench.Row]:
         timings = benchmark.pedantic(measure, rounds=1, iterations=1)
         where = _place(request.config, device, threads)
         rows = bench.rows_of(timings, where, suite=request.module.SUITE, **names)
         benchmark.extra_info.update({row.contender: row.median if row.median else row.note for row in rows})
         request.config.stash[_ROWS].extend(rows)
+        bars.extend(bar for bar in getattr(request.module, "BARS", ()) if bar not in bars)
         return rows
 
     return run
@@ -78,3 +84,5 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"rows: {path}")
     terminalreporter.write_line(f"{first.device}, commit {first.commit}, torch {first.versions['torch']}")
     terminalreporter.write_line(bench.table(rows))
+    if config.stash[_BARS]:
+        terminalreporter.write_line(bench.verdict(config.stash[_BARS], rows))

@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from tpmp_kernels.bench import OURS
+from tpmp_kernels.bench.compare.measure import Error
+
 
 def assert_correct(
     contenders: Mapping[str, Callable[..., torch.Tensor]],
@@ -24,6 +27,13 @@ def assert_correct(
         # `not <=` rather than `>`: a NaN must fail
         if not error <= allowed:
             raise AssertionError(f"{name}: largest error {error:.3g} against fp64; the bound is {allowed:.3g}")
+
+
+def check_errors(errors: Mapping[str, Error]) -> None:
+    """The same of errors that bench.compare found: only contenders of ours must be right, whatever torch.compile is."""
+    for name, error in errors.items():
+        if error.wrong and name.split(" ")[0] == OURS:
+            raise AssertionError(f"{name}: {error.of_torch:.3g} times as far from fp64 as plain torch")
 
 
 def _distance(out: torch.Tensor, exact: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from tpmp_kernels.bench import COLUMNS, Row, cells, read_rows
+from tpmp_kernels.bench import Row, cells, columns, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(r"(<!-- rows:(?P<name>[^\s>]+) -->\n)(?P<body>.*?)(<!-- /rows -->)", re.DOTALL)
@@ -78,9 +78,10 @@ def section(name: str, rows: Iterable[Row]) -> str:
 def device_table(rows: list[Row]) -> str:
     """Where, when and with which command the rows were measured, then the rows as a Markdown table."""
     ordered = sorted(rows, key=lambda row: (row.case, row.dtype, row.work or 0, row.shape, row.median or 1e9))
-    header = (*COLUMNS, "verdict")
+    shown = columns(ordered)
+    header = (*shown, "verdict")
     lines = [header, ("---",) * len(header)]
-    lines += [(*cells(row), verdict(row, rows)) for row in ordered]
+    lines += [(*cells(row, shown), verdict(row, rows)) for row in ordered]
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{measured(ordered)}\n\n{body}\n"
 

@@ -165,6 +165,18 @@ def test_bars_are_compared_with_medians_of_the_run():
     assert verdict(bars, []) == "bars: 0 of 0 met"
 
 
+def test_bars_and_tables_of_memory():
+    made = rows_of(
+        {"eager": Timing((2.0,)), "tpmp": Timing((2.0,))}, WHERE, **CASE, memory={"eager": 30 << 20, "tpmp": 4 << 20}
+    )
+    bar = Bar("gelu", "4x4", "tpmp", "eager", 10, "fp32", "memory")
+    assert verdict([bar], made) == "bars: 0 of 1 met\n  unmet: gelu, 4x4, fp32, memory: tpmp 7.50x of eager, bar 10.00x"
+    assert verdict([replace(bar, times=7.5)], made) == "bars: 1 of 1 met"
+    assert verdict([replace(bar, dtype="bf16")], made) == "bars: 0 of 0 met"
+    assert [line.split()[-2:] for line in bench.table(made).splitlines()[1:]] == [["30", "MiB"], ["4", "MiB"]]
+    assert "memory" not in bench.table(rows(ours=0.5))
+
+
 def git(root: Path, *args: str) -> None:
     names = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     subprocess.run(["git", "-C", str(root), *names, *args], check=True, capture_output=True)

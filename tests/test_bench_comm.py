@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tpmp_kernels import __main__ as command
 from tpmp_kernels.bench import Provenance, Timing, comm
 from tpmp_kernels.bench import command as bench_command
-from tpmp_kernels.bench.options import CALLS, SIZES, parse
+from tpmp_kernels.bench.comm_options import CALLS, SIZES, parse
 from tpmp_kernels.errors import UsageError
 
 WHERE = Provenance("cpu-test-2core", 1, "0123456789", "2026-01-02T03:04:05Z", {"torch": "2.13.0"})

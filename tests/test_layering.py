@@ -18,7 +18,8 @@ LEVELS = {
     "models": 5,
     "checkpoint": 6,
     "training": 7, "bench": 7,
-    "__main__": 8,
+    "prover": 8,
+    "__main__": 9,
 }  # fmt: skip
 
 STANDARD_LIBRARY_ONLY = [

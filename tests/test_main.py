@@ -26,7 +26,7 @@ def no_launch(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["trian"], "tpmp: expected a command (train, schedule, bench), got 'trian'; tpmp --help lists them"),
+        (["trian"], "tpmp: expected a command (train, schedule, bench, compare, verify), got 'trian'; tpmp --help"),
         (["train"], "tpmp train: expected a config file first, got nothing; examples/demo.toml is one"),
         (["train", "--x", "1"], "tpmp train: expected a config file first, got '--x'; examples/demo.toml is one"),
         (
@@ -35,7 +35,7 @@ def no_launch(monkeypatch):
         ),
         (
             ["train", DEMO, "--parallel.tp", "3"],
-            "tpmp train: model.heads=4 is not divisible by parallel.tp=3; use tp in {1, 2} or change heads",
+            "tpmp train: model.heads=4 is not divisible by parallel.tp=3; use tp in {1, 2, 4} or change heads",
         ),
         (
             ["train", DEMO, "--trainig.steps", "3"],

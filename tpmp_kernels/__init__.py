@@ -13,15 +13,17 @@ from tpmp_kernels import env
 __version__ = "0.1.0"
 
 _ROOMS = (
-    "bench", "checkpoint", "comm", "errors", "kernels", "models", "ops", "pipeline", "reference",
-    "tensor_parallel", "testing", "training",
+    "bench", "checkpoint", "comm", "errors", "kernels", "models", "ops", "pipeline", "prover",
+    "reference", "tensor_parallel", "testing", "training",
 )  # fmt: skip
-__all__ = [*_ROOMS, "__version__"]
+__all__ = [*_ROOMS, "__version__", "verify"]
 
 
 def __getattr__(name: str):
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "verify":
+        return importlib.import_module(f"{__name__}.prover").verify
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

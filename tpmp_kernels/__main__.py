@@ -1,6 +1,7 @@
 """The `tpmp` command, also `python -m tpmp_kernels`. Each subcommand is one entry of COMMANDS.
 
-Exit codes: 0 done; 1 a rank failed or the proof did; 2 bad input, said in one sentence; 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done; 1 a rank or a proof failed, or a result was wrong; 2 bad input, said in one sentence; 130 Ctrl-C,
+143 SIGTERM.
 """
 
 import signal
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpmp_kernels import __version__
-from tpmp_kernels.errors import ProofFailed, UsageError
+from tpmp_kernels.errors import ProofFailed, UsageError, WrongResult
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,6 +45,8 @@ def guarded(prog: str, function: Callable, *args) -> int:
         return _say(prog, f"{error}{'; its traceback is above' if error.traceback else ''}", 1)
     except ProofFailed as error:
         return _say(prog, f"the proof failed: {error}", 1)
+    except WrongResult as error:
+        return _say(prog, str(error), 1)
     except Interrupted as error:
         return _say(prog, str(error), 128 + error.signum)
     except KeyboardInterrupt:
@@ -135,6 +138,18 @@ def _bench(argv: list[str]) -> None:
         raise interrupted
 
 
+def _compare(argv: list[str]) -> None:
+    from tpmp_kernels.bench.compare import command
+
+    command.run(argv)
+
+
+def _verify(argv: list[str]) -> None:
+    from tpmp_kernels.prover import command
+
+    command.run(argv)
+
+
 @dataclass(frozen=True)
 class Command:
     """A subcommand: `run` takes its arguments. Imports of torch and tyro belong inside `run`."""
@@ -148,6 +163,8 @@ COMMANDS = {
     "train": Command("CONFIG.toml | --resume RUN  [--section.key VALUE ...]", "train a model and prove it", _train),
     "schedule": Command("NAME --pp P --microbatches M  [options]", "prove and draw a pipeline schedule", _schedule),
     "bench": Command("comm  [--ranks R] [--sizes S,S] [--quick]", "measure the transports on this machine", _bench),
+    "compare": Command("OP  [--shape AxB] [--dtype D,D] [--backward]", "an op's backends and its peers", _compare),
+    "verify": Command("[--tp T] [--pp P] [--config FILE.toml]", "prove a parallel step, or find what differs", _verify),
 }
 
 if __name__ == "__main__":

@@ -38,3 +38,7 @@ class ScheduleError(ValueError):
 
 class ProofFailed(RuntimeError):
     """A parallel run differs from the unfused reference by more than rounding. Exit code 1."""
+
+
+class WrongResult(Exception):
+    """Something of ours that was compared is further from the truth than it may be."""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.peers import dtensor_gpt
-from tpmp_kernels.bench import Bar, Row, interleave, slowest, verdict
+from tpmp_kernels.bench import Bar, interleave, slowest
 from tpmp_kernels.bench.comm import CALLS, MESSAGE, ON_EMPTY, labels, timings, tpmp_group
 from tpmp_kernels.testing import RankPool
 
@@ -34,7 +34,6 @@ BARS = [
     *(Bar("all_reduce 4 ranks", size, "tpmp", "gloo", 1) for size in SIZE_NAMES),
     Bar(STEP, PROGRAM, "tpmp", "gloo", 1.15),
 ]
-_rows: list[Row] = []
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +53,6 @@ def pool():
         each.close()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def bars(request):
-    """Below the table of the session, the bars."""
-    request.config.pluginmanager.register(_Bars())
-
-
-class _Bars:
-    @pytest.hookimpl(trylast=True)
-    def pytest_terminal_summary(self, terminalreporter):
-        terminalreporter.write_line(verdict(BARS, _rows))
-
-
 CASES = [(2, call, nbytes) for call in ("all_reduce", MESSAGE) for nbytes in SIZES]
 CASES += [(2, call, nbytes) for call in CALLS if call != "all_reduce" for nbytes in (64 * KIB, 16 * MIB)]
 CASES += [(4, "all_reduce", nbytes) for nbytes in SIZES]
@@ -75,21 +62,17 @@ CASES += [(4, "all_reduce", nbytes) for nbytes in SIZES]
     ("ranks", "call", "nbytes"), CASES, ids=[f"{ranks}-{call}-{nbytes // KIB}KiB" for ranks, call, nbytes in CASES]
 )
 def test_call(compare, pool, ranks, call, nbytes):
-    _rows.extend(
-        compare(lambda: timings(pool(ranks), call, nbytes), threads=1, **labels(call, nbytes, ranks)),
-    )
+    compare(lambda: timings(pool(ranks), call, nbytes), threads=1, **labels(call, nbytes, ranks))
 
 
 def test_dtensor_step(compare, pool):
-    _rows.extend(
-        compare(
-            lambda: slowest(pool(2).run(time_steps, [], timeout=300)),
-            case=STEP,
-            shape=PROGRAM,
-            dtype="fp32",
-            baseline="gloo",
-            threads=1,
-        )
+    compare(
+        lambda: slowest(pool(2).run(time_steps, [], timeout=300)),
+        case=STEP,
+        shape=PROGRAM,
+        dtype="fp32",
+        baseline="gloo",
+        threads=1,
     )
 
 

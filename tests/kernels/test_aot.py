@@ -1,7 +1,6 @@
-"""Every shipped tile x epilogue compiled ahead of time for sm_90: it fits, spills nothing, uses the tensor cores."""
+"""kernels.linear and activation_grad compiled ahead of time for sm_90: they fit, spill nothing, use tensor cores."""
 
 import itertools
-import random
 
 import pytest
 import torch
@@ -12,73 +11,54 @@ from tpmp_kernels.kernels import tiles
 pytest.importorskip("triton")
 
 from aot_checks import assert_no_spill
+from aot_gemm import DTYPES, TOKENS, cases, check, empty, sampled
 
 from tpmp_kernels.kernels import activation_grad, aot, linear
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ACTIVATIONS = (None, *reference.ACTIVATIONS)
-SHAPE = (4096, 4096)
+FLAGS = [
+    dict(zip(("bias", "residual", "preact"), map(bool, flags), strict=True))
+    for flags in itertools.product((0, 1), repeat=3)
+]
+# Pre-activations alone, as a backward makes them again: no activation takes part.
+AGAIN = [tiles.Epilogue("gelu", bias=bias, preact=True, wide=wide) for bias in (False, True) for wide in (False, True)]
+GRID = cases("linear", [tiles.Epilogue(a, **f, wide=w) for a in ACTIVATIONS for f in FLAGS for w in (False, True)])
+GRID += cases("linear", AGAIN, form="z alone")
+HARDEST = [
+    case
+    for case in GRID
+    if case.dtype == "bf16" and case.tile.block_n == 256 and case.epilogue == tiles.Epilogue("gelu", True, True, True)
+]
+SAMPLE = sampled(GRID, HARDEST, 7)
 
 
-def grid() -> list[tuple[str, tiles.Tile, tiles.Epilogue, int]]:
-    """Every tile with every epilogue that may meet it, for a K whose rows are aligned to 16 bytes and one odd K."""
-    flags = [dict(zip(("bias", "residual", "preact"), f, strict=True)) for f in itertools.product((0, 1), repeat=3)]
-    return [
-        (dtype, tile, epilogue, k)
-        for dtype, k, activation, flag in itertools.product(DTYPES, (4096, 4099), ACTIVATIONS, flags)
-        for epilogue in [tiles.Epilogue(activation, **flag)]
-        for tile in tiles.shipped(k, dtype, arch=90, epilogue=epilogue)
-    ]
-
-
-def name_of(case) -> str:
-    dtype, tile, e, k = case
-    return f"{dtype}-{tile.block_m}x{tile.block_n}-{e.activation}-bias{e.bias}-res{e.residual}-pre{e.preact}-k{k}"
-
-
-GRID = grid()
-# The most demanding epilogue of the largest tile, and a seeded few of all the others.
-HARDEST = [c for c in GRID if c[0] == "bf16" and c[1].block_n == 256 and c[2] == tiles.Epilogue("gelu", 1, 1, 1)]
-SAMPLE = HARDEST + random.Random(5).sample([c for c in GRID if c not in HARDEST], 6)
-
-
-def check(dtype: str, tile: tiles.Tile, epilogue: tiles.Epilogue, k: int) -> None:
-    def empty(*shape: int, wanted: bool = True) -> torch.Tensor | None:
-        return torch.empty(*shape, dtype=DTYPES[dtype], device="meta") if wanted else None
-
-    (m, n), e = SHAPE, epilogue
+def check_linear(case) -> None:
+    dtype, e, k = DTYPES[case.dtype], case.epilogue, case.size
+    m, n, out = TOKENS, case.size, torch.float32 if e.wide else dtype
     named = linear.arguments(
-        empty(m, k), empty(n, k), empty(n, wanted=e.bias), empty(m, n, wanted=e.residual),
-        empty(m, n), empty(m, n, wanted=e.preact), e.activation, tile,
+        empty(m, k, dtype=dtype), empty(n, k, dtype=dtype), empty(n, dtype=dtype, wanted=e.bias),
+        empty(m, n, dtype=out, wanted=e.residual), empty(m, n, dtype=out, wanted=not case.form),
+        empty(m, n, dtype=out, wanted=e.preact), e.activation, case.tile,
     )  # fmt: skip
-    built = aot.compile(
-        linear.linear_kernel, named, capability=90, num_warps=tile.num_warps, num_stages=tile.num_stages
-    )
-    assert built.shared <= tiles.shared_limit(90)
-    assert_no_spill(built)
-    if dtype == "fp32":
-        assert built.count("HGMMA") == 0, "fp32 products must be IEEE, not TF32"
-    else:
-        assert built.count("HGMMA") > 0, "no tensor-core product"
-        assert built.register_operands() == 0, "a product takes A from registers"
+    check(linear.linear_kernel, named, case)
 
 
-@pytest.mark.parametrize("case", SAMPLE, ids=name_of)
+@pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_aot_linear(case):
-    check(*case)
+    check_linear(case)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [c for c in GRID if c not in SAMPLE], ids=name_of)
+@pytest.mark.parametrize("case", [c for c in GRID if c not in SAMPLE], ids=str)
 def test_aot_linear_full(case):
-    check(*case)
+    check_linear(case)
 
 
 @pytest.mark.parametrize(
     "activation", [pytest.param(a, marks=[pytest.mark.full] * (a != "gelu")) for a in ACTIVATIONS[1:]]
 )
 def test_aot_activation_grad(activation):
-    m, n = SHAPE
+    m, n = TOKENS, 4096
     dy, z, dz = (torch.empty(m, n, dtype=torch.bfloat16, device="meta") for _ in range(3))
     partial = torch.empty(m // activation_grad.BLOCK_M, n, device="meta")
     named = activation_grad.arguments(dy, z, dz, partial, activation)

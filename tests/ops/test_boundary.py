@@ -1,10 +1,13 @@
-"""At home in torch: opcheck with gradients, torch.compile(fullgraph=True), autocast, and inputs left alone."""
+"""At home in torch: opcheck with gradients, autocast, and inputs left alone. test_compile.py is about torch.compile."""
+
+import random
 
 import pytest
 import torch
 from problems import ADD_RMS_NORM, GATED, INNER, LINEARS, PROBLEMS, RMS_NORM, flat
 
 from tpmp_kernels import ops, reference
+from tpmp_kernels.ops._register import AUTOCAST
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 each_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
@@ -38,75 +41,64 @@ def test_opcheck_inner_ops(inner):
     torch.library.opcheck(raw(inner), inner.arguments())
 
 
-@a_few
-def test_fullgraph_follows_eager_at_many_lengths_with_one_recompile(problem):
-    """No break, the same numbers and gradients, and a second length recompiles once, to a dynamic one."""
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(problem.call, fullgraph=True, backend=counter)
-    long = problem.inputs(torch.float32, requires_grad=True)
-    for length in (5, 4, 3, 2):
-        tensors = [t[:, :length] if t.dim() == 3 else t for t in long]
-        got, expected = flat(compiled(ops, *tensors)), flat(problem.call(ops, *tensors))
-        upstream = [torch.ones_like(t) for t in expected]
-        grads, truth = (torch.autograd.grad(r, long, upstream) for r in (got, expected))
-        torch.testing.assert_close([*got, *grads], [*expected, *truth], rtol=0, atol=0)
-    assert counter.frame_count <= 2
+def registered() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.split("::")[1] for name in names if name.startswith("tpmp_kernels::")}
 
 
-def test_fullgraph_through_inductor():
-    """A block of all three ops, forward and backward, in one graph on the default compiler."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    x, w, norm = torch.randn(6, 8), torch.randn(8, 8, requires_grad=True), torch.ones(8, requires_grad=True)
-
-    def block(x, w, norm):
-        h, stream = ops.rms_norm(x, norm, residual=x)
-        return ops.linear(ops.gated_linear(h, w, w), w, activation="gelu", residual=stream)
-
-    got, expected = torch.compile(block, fullgraph=True)(x, w, norm), block(x, w, norm)
-    torch.testing.assert_close(got, expected)
-    grads, truth = (torch.autograd.grad(y.square().sum(), [w, norm]) for y in (got, expected))
-    torch.testing.assert_close(grads, truth)
+# Ops that opcheck cannot call, each with the test that stands in for it.
+UNCHECKED = {
+    "add_to_main_grad": "test_losses.py: it finds its parameter by an address",
+    "linear_cross_entropy_backward_of_parameter": "test_losses.py: the same",
+    "wgrad_of_parameter": "test_main_grad.py: it finds its parameter by an address",
+}
 
 
-def test_fullgraph_sees_a_change_of_backend():
-    """A compiled function that saw one backend runs another when asked, instead of the graph it has."""
-    torch._dynamo.reset()
-    x, w = LINEARS[6].inputs(torch.float32)
-    graphs = []
-
-    def record(graph, _):
-        graphs.append({str(node.target) for node in graph.graph.nodes})
-        return graph
-
-    compiled = torch.compile(lambda: ops.linear(x, w), fullgraph=True, backend=record)
-    compiled()
-    with ops.use_backend("reference"):
-        compiled()
-    assert ["tpmp_kernels.linear" in str(targets) for targets in graphs] == [True, False]
+def test_every_registered_op_is_checked_here():
+    missing = registered() - {each.op for each in [*PROBLEMS, *INNER]} - UNCHECKED.keys()
+    assert not missing, f"in neither PROBLEMS nor INNER: {sorted(missing)}"
 
 
-@pytest.mark.parametrize("problem", [*LINEARS[:2], GATED[0]], ids=lambda p: p.name)
-def test_autocast_casts_like_a_linear(problem):
-    """fp32 inputs run in bf16 and their gradients come back in fp32, as with F.linear; fp64 is left alone."""
-    inputs = problem.inputs(torch.float32, requires_grad=True)
+# Autocast's rule for each op that people call. `lowest` is that of F.linear; a norm keeps the widest dtype it is given.
+NARROWED = {"linear", "gated_linear", "mlp", "gated_mlp", "dgrad", "wgrad", "linear_cross_entropy"}
+
+
+@each_problem
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_autocast(problem, low, seed):
+    """Inputs of mixed dtypes (all fp32 at seed 0) give the bits of inputs cast by hand, and gradients in their own."""
+    rng = random.Random(seed)
+    inputs = [
+        t.to(rng.choice([torch.float32, low]) if seed else t.dtype).requires_grad_() if t.is_floating_point() else t
+        for t in problem.inputs(torch.float32)
+    ]
+    floating = [t for t in inputs if t.is_floating_point()]
+    with torch.autocast("cpu", dtype=low):
+        results = flat(problem.call(ops, *inputs))
+        dtype = AUTOCAST[raw(problem)]("cpu", floating)
+    assert dtype == (low if problem.op in NARROWED else torch.float32 if not seed else dtype)
+    by_hand = flat(problem.call(ops, *(t.to(dtype) if t.is_floating_point() else t for t in inputs)))
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(results, by_hand, strict=True))
+    grads = torch.autograd.grad(sum(t.sum() for t in results), floating)
+    assert all(g.dtype == t.dtype and g.isfinite().all() for g, t in zip(grads, floating, strict=True))
+
+
+@each_problem
+def test_autocast_leaves_fp64_alone_and_does_not_mix_it(problem):
+    inputs = problem.inputs(torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = problem.call(ops, *inputs)
-        exact = problem.call(ops, *problem.inputs(torch.float64))
-    low = problem.call(ops, *(t.bfloat16() for t in inputs))
-    assert y.dtype == torch.bfloat16 and torch.equal(y, low) and exact.dtype == torch.float64
-    grads = torch.autograd.grad(y.sum(), inputs)
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+        results = flat(problem.call(ops, *inputs))
+        if sum(t.is_floating_point() for t in inputs) > 1:
+            with pytest.raises(TypeError, match=r"torch\.float64"):
+                problem.call(ops, inputs[0].float(), *inputs[1:])
+    assert all(torch.equal(a, b) for a, b in zip(results, flat(problem.call(ops, *inputs)), strict=True))
 
 
-def test_autocast_keeps_a_norm_in_its_widest_dtype():
-    """bf16 from a linear plus an fp32 residual stream stays an fp32 stream."""
-    x, w, r = ADD_RMS_NORM.inputs(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        normed, stream = ops.rms_norm(x.bfloat16(), w, residual=r)
-    assert normed.dtype == stream.dtype == torch.float32
-    torch.testing.assert_close(stream, x.bfloat16() + r, rtol=0, atol=0)
+def test_every_op_has_an_autocast_rule_or_is_below_it():
+    """Inner ops run below autocast. wgrad_into casts what it reads, as a rule of the op would cast what it writes."""
+    public = {p.op for p in PROBLEMS}
+    assert {op.name().split("::")[1] for op in AUTOCAST} >= public - {"wgrad_into"}
 
 
 @each_problem

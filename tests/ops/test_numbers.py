@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 from bounds import UNIT, assert_no_worse_than_torch, assert_within, linear_bound
-from problems import GATED, LINEARS, PROBLEMS, flat
+from case import Case, check
+from problems import GATED, LINEARS, PROBLEMS
 
 from tpmp_kernels import ops, reference
 
@@ -61,15 +62,7 @@ def test_gradients_in_fp64(problem):
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 def test_gradients_in_fp32_follow_the_reference(problem, layout):
-    inputs = problem.inputs(torch.float32, layout=layout, requires_grad=True)
-    wide = [t.detach().double().requires_grad_() for t in inputs]
-    got, oracle = flat(problem.call(ops, *inputs)), flat(problem.call(reference, *wide))
-    eager = flat(problem.call(reference, *inputs))
-    upstream = [torch.randn_like(t) for t in got]
-    grads, eager_grads = (torch.autograd.grad(y, inputs, upstream) for y in (got, eager))
-    truth = torch.autograd.grad(oracle, wide, [u.double() for u in upstream])
-    for ours, theirs, exact in zip([*got, *grads], [*eager, *eager_grads], [*oracle, *truth], strict=True):
-        assert_no_worse_than_torch(ours.detach(), theirs.detach(), exact.detach(), least=1)
+    check(Case(problem.inputs(torch.float32, layout=layout), problem.call))
 
 
 @pytest.mark.parametrize("problem", [LINEARS[1], *GATED], ids=lambda p: p.name)
@@ -116,7 +109,7 @@ REFUSED = [
         "expected one of None, gelu, gelu_tanh, silu, relu, relu2",
     ),
     (lambda: ops.linear(X, W.double()), TypeError, "weight has dtype torch.float64 but x has torch.float32"),
-    (lambda: ops.linear(X.long(), W.long()), TypeError, "x must have a floating dtype, got torch.int64"),
+    (lambda: ops.linear(X.long(), W.long()), TypeError, "x must be fp64, fp32, fp16 or bf16, got torch.int64"),
     (lambda: ops.linear(X, W.to("meta")), ValueError, "weight is on meta but x is on cpu"),
     (lambda: ops.gated_linear(X, W, torch.zeros(4, 64)), ValueError, "w_up must have shape [3, 64], got [4, 64]"),
     (lambda: ops.gated_linear(X, W, W, activation="relu"), ValueError, "expected one of silu, gelu, gelu_tanh"),

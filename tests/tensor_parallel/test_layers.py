@@ -10,8 +10,7 @@ from tpmp_kernels.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    placement_of,
-    take_shard,
+    shard_of,
     vocab_parallel_cross_entropy,
 )
 
@@ -25,7 +24,7 @@ def integers(*shape: int, seed: int) -> torch.Tensor:
 
 def fill(layer, comm, **full):
     for name, parameter in layer.named_parameters():
-        parameter.data.copy_(take_shard(full[name], placement_of(parameter), comm))
+        parameter.data.copy_(shard_of(full[name], parameter, comm))
     return layer
 
 
@@ -68,7 +67,7 @@ def test_column_then_row_equals_the_whole_mlp_bitwise(ranks, size):
 
 def run_embedding():
     with communicator(dist.group.WORLD, name="embedding") as comm:
-        layer = VocabParallelEmbedding(VOCAB, HIDDEN, comm, dtype=torch.float64)
+        layer = VocabParallelEmbedding(VOCAB, HIDDEN, comm, padded_vocab=VOCAB, dtype=torch.float64)
         fill(layer, comm, weight=integers(VOCAB, HIDDEN, seed=7))
         y = layer(torch.arange(VOCAB).flip(0).view(4, -1))
         y.backward(integers(*y.shape, seed=8))

@@ -87,14 +87,20 @@ def test_whole_numbers_are_numbers():
     ("change", "sentence"),
     [
         (
-            {"parallel__tp": 4},
-            "model.kv_heads=2 is not divisible by parallel.tp=4; use tp in {1, 2} or change kv_heads",
+            {"model__heads": 6, "model__hidden": 132, "model__kv_heads": 3},
+            "model.kv_heads=3 and parallel.tp=2: neither divides the other; use tp in {1} or change kv_heads",
         ),
-        ({"parallel__tp": 3}, "model.heads=4 is not divisible by parallel.tp=3; use tp in {1, 2} or change heads"),
+        ({"parallel__tp": 3}, "model.heads=4 is not divisible by parallel.tp=3; use tp in {1, 2, 4} or change heads"),
         ({"model__ffn": 351}, "model.ffn=351 is not divisible by parallel.tp=2; use tp in {1} or change ffn"),
         (
-            {"model__vocab_size": 257},
-            "model.vocab_size=257 is not divisible by parallel.tp=2; use tp in {1} or change vocab_size",
+            {"model__vocab_size": 257, "model__vocab_multiple": 3, "parallel__tp": 4},
+            "model.vocab_size=257, padded to 258, is not divisible by parallel.tp=4; use tp in {1, 2} or change "
+            "vocab_multiple",
+        ),
+        (
+            {"parallel__sequence_parallel": True, "data__sequence": 127, "training__batch": 8},
+            "parallel.sequence_parallel: the 127 tokens of a microbatch are not divisible by parallel.tp=2; "
+            "use tp in {1, 127} or change data.sequence",
         ),
         (
             {"model__hidden": 130},

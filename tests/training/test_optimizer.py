@@ -69,5 +69,15 @@ def test_replicas_are_counted_by_one_rank_only():
     assert parts == [4 * 1.0 + 2 * 9.0, 4 * 1.0]
 
 
+def test_shards_that_ranks_share_are_counted_once():
+    parts = []
+    for _ in range(2):
+        layer = nn.Linear(2, 2, bias=False)
+        layer.weight.tp_placement, layer.weight.tp_replicas = Shard(0), 2
+        layer.weight.grad = torch.full((2, 2), 3.0)
+        parts.append(Optimizer(layer, CONFIG, counts_replicas=False).local_square_norm().item())
+    assert sum(parts) == 4 * 9.0
+
+
 def test_learning_rate_warms_up_and_stays():
     assert [learning_rate(CONFIG, s) for s in (0, 1, 3, 4, 99)] == [0.0025, 0.005, 0.01, 0.01, 0.01]

@@ -99,3 +99,11 @@ def test_a_difference_fails_the_run_with_one_sentence(config):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "proof fp64" in line and "DIFFERENT" in line
+
+
+def test_four_ranks_that_share_heads_and_cut_tokens_are_proved_too(config):
+    """Two key and value heads on four ranks, with sequence parallelism: partial gradients of both kinds."""
+    argv = ["--parallel.tp", 4, "--parallel.pp", 1, "--parallel.sequence-parallel", "true", "--training.steps", 3]
+    done = train(config, *argv, "--proof.fp64-steps", 3, "--proof.fp32-steps", 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": equal") == 2

@@ -6,13 +6,23 @@
     write_rows(Path("benchmarks/results"), rows)
 
 A claim here is a ratio to a baseline measured in the same run. A row keeps where it was measured, and losing rows are
-kept. comm.py measures transports; command.py is `tpmp bench`.
+kept. comm.py measures transports and command.py is `tpmp bench`; compare/ is `tpmp compare`.
 """
 
 from tpmp_kernels.bench.bars import Bar, verdict
 from tpmp_kernels.bench.provenance import Provenance, commit, device_slug, provenance, versions
 from tpmp_kernels.bench.rows import OURS, Row, read_rows, rows_of, rows_path, write_rows
-from tpmp_kernels.bench.table import COLUMNS, cells, show_percent, show_rate, show_seconds, table
+from tpmp_kernels.bench.table import (
+    COLUMNS,
+    aligned,
+    cells,
+    columns,
+    show_mebibytes,
+    show_percent,
+    show_rate,
+    show_seconds,
+    table,
+)
 from tpmp_kernels.bench.timing import Timing, interleave, rotating, slowest, turns
 from tpmp_kernels.bench.work import bus_bytes, gemm_flop
 
@@ -23,8 +33,10 @@ __all__ = [
     "Provenance",
     "Row",
     "Timing",
+    "aligned",
     "bus_bytes",
     "cells",
+    "columns",
     "commit",
     "device_slug",
     "gemm_flop",
@@ -34,6 +46,7 @@ __all__ = [
     "rotating",
     "rows_of",
     "rows_path",
+    "show_mebibytes",
     "show_percent",
     "show_rate",
     "show_seconds",

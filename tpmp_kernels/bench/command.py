@@ -13,7 +13,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 
-from tpmp_kernels.bench.options import parse
+from tpmp_kernels.bench.comm_options import parse
 from tpmp_kernels.bench.provenance import Provenance, provenance
 from tpmp_kernels.bench.rows import Row
 from tpmp_kernels.bench.table import table

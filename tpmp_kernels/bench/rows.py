@@ -17,8 +17,8 @@ class Row:
 
     `ratio` is the baseline's median over this one's (above 1: faster than the baseline); `ceiling` is the fraction
     reached of `ceiling_name`, a contender of the same run that does only the unavoidable part; `work` is what one
-    call does, in units of `unit` x seconds ("FLOP/s", "B/s"). Where a contender cannot run, `note` says why and the
-    numbers are None.
+    call does, in units of `unit` x seconds ("FLOP/s", "B/s"); `memory` is the bytes that it needs beside operands and
+    results, where that was measured. Where a contender cannot run, `note` says why and the numbers are None.
     """
 
     suite: str
@@ -41,6 +41,7 @@ class Row:
     date: str
     versions: dict[str, str] = field(hash=False)
     note: str = ""
+    memory: int | None = None
 
     @property
     def cell(self) -> tuple[str, str, str, str]:
@@ -67,8 +68,10 @@ def rows_of(
     ceiling: str = "",
     work: float | None = None,
     unit: str = "",
+    memory: Mapping[str, int | None] | None = None,
 ) -> list[Row]:
-    """Rows of one case from the timings of one run. A contender that cannot run has a reason in place of a Timing."""
+    """Rows of one case from the timings of one run. A contender that cannot run has a reason in place of a Timing.
+    `memory` of a contender: bytes, where they were measured."""
     for role, name in (("baseline", baseline), ("ceiling", ceiling)):
         if name and name not in timings:
             raise ValueError(f"rows_of: {role} {name!r} was not timed; pass one of {', '.join(timings)}")
@@ -79,6 +82,7 @@ def rows_of(
             contender=name,
             ratio=_over(timings, baseline, name),
             ceiling=_over(timings, ceiling, name),
+            memory=(memory or {}).get(name),
             **_quantiles(timing),
             **shared,
         )

@@ -67,6 +67,11 @@ class Communicator(ABC):
         self.timeout = timeout
         self.seconds = 0.0  # wall time spent inside blocking calls, cumulative
 
+    @property
+    def overlaps(self) -> bool:
+        """True where a posted call moves its bytes while the caller computes, so that posting early hides it."""
+        return False
+
     # ---- collectives
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum", *, tag: str = "", async_op: bool = False):

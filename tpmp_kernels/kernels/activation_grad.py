@@ -37,20 +37,23 @@ def activation_grad_kernel(
         tl.store(partial + row_block.to(tl.int64) * n + cols, tl.sum(grad, axis=0), mask=cols < n)
 
 
-def activation_grad(dy: Tensor, preact: Tensor, activation: str, *, bias: bool) -> tuple[Tensor, Tensor | None]:
+def activation_grad(
+    dy: Tensor, preact: Tensor, activation: str, *, bias: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(dz, dbias): dy * act'(preact), and its sum over rows if `bias`, else None.
 
-    dy [M, N] of any strides, preact [M, N] contiguous, of one dtype (bf16, fp16, fp32). Returns new contiguous
-    tensors of that dtype.
+    dy [M, N] of any strides, preact [M, N] contiguous (bf16, fp16, fp32). Returns new contiguous tensors of `dtype`,
+    dy's by default.
     """
     m, n = dy.shape
-    dz = dy.new_empty(m, n)
+    dz = dy.new_empty(m, n, dtype=dtype)
     partial = dy.new_empty(triton.cdiv(m, BLOCK_M), n, dtype=torch.float32) if bias else None
     if m > 0 and n > 0:
         grid = (triton.cdiv(n, BLOCK_N), triton.cdiv(m, BLOCK_M))
         with torch.cuda.device_of(dy):
-            activation_grad_kernel[grid](**arguments(dy, preact, dz, partial, activation), num_warps=4)
-    return dz, None if partial is None else partial.sum(0).to(dy.dtype)
+            named = arguments(dy, preact, dz, partial, activation)
+            activation_grad_kernel[grid](**named, num_warps=4, enable_fp_fusion=True)
+    return dz, None if partial is None else partial.sum(0).to(dz.dtype)
 
 
 def arguments(dy: Tensor, preact: Tensor, dz: Tensor, partial: Tensor | None, activation: str) -> dict:

@@ -9,6 +9,8 @@ class ModelConfig:
 
     vocab_size: int = 256
     """Number of token ids; 256 for byte tokens."""
+    vocab_multiple: int = 0
+    """Embedding and head have rows for a multiple of this; 0 takes 128, or for a smaller vocabulary a power of two."""
     hidden: int = 128
     """Width of the residual stream, in features."""
     layers: int = 4
@@ -23,6 +25,12 @@ class ModelConfig:
     """Base of the rotary wavelengths."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding and of the head, the same for every tp: those behind the vocabulary are zeros."""
+        multiple = self.vocab_multiple or min(128, 2 ** (self.vocab_size.bit_length() - 1))
+        return -(-self.vocab_size // multiple) * multiple
 
     @property
     def head_size(self) -> int:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpmp_kernels import ops
-from tpmp_kernels.comm import autograd
 from tpmp_kernels.comm.communicator import Communicator
 from tpmp_kernels.models.config import ModelConfig
 from tpmp_kernels.models.rope import rotary, rotary_table
@@ -19,103 +18,135 @@ from tpmp_kernels.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    shard_size,
-    vocab_parallel_cross_entropy,
+    VocabParallelHead,
+    column_linears,
+    gate_and_up,
+    head_shard,
 )
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, hidden: int, eps: float, *, dtype=None, device=None):
+    def __init__(self, config: ModelConfig, comm: Communicator, *, sequence_parallel: bool, dtype=None, device=None):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden, dtype=dtype, device=device))
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.hidden, dtype=dtype, device=device))
+        if sequence_parallel:  # it sees this rank's tokens alone
+            self.weight.tp_partial_grad = comm.size
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, eps=self.eps)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention; every rank holds heads/R query heads and kv_heads/R key and value heads."""
+    """Causal grouped-query attention; every rank holds heads/R query heads and kv_heads/R key and value heads, or one
+    that it shares with its neighbours."""
 
-    def __init__(self, config: ModelConfig, comm: Communicator, **where):
+    def __init__(self, config: ModelConfig, comm: Communicator, **how):
         super().__init__()
-        self.comm, self.theta, self.head_size = comm, config.rope_theta, config.head_size
-        self.heads = shard_size(config.heads, comm.size, "heads")
-        self.kv_heads = shard_size(config.kv_heads, comm.size, "kv_heads")
+        self.theta, self.head_size = config.rope_theta, config.head_size
+        replicas = head_shard(config.heads, config.kv_heads, comm).replicas
         width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
-        self.q_proj = ColumnParallelLinear(config.hidden, width, comm, input_is_copied=True, **where)
-        self.k_proj = ColumnParallelLinear(config.hidden, kv_width, comm, input_is_copied=True, **where)
-        self.v_proj = ColumnParallelLinear(config.hidden, kv_width, comm, input_is_copied=True, **where)
-        self.o_proj = RowParallelLinear(width, config.hidden, comm, **where)
+        self.q_proj = ColumnParallelLinear(config.hidden, width, comm, **how)
+        self.k_proj = ColumnParallelLinear(config.hidden, kv_width, comm, replicas=replicas, **how)
+        self.v_proj = ColumnParallelLinear(config.hidden, kv_width, comm, replicas=replicas, **how)
+        self.o_proj = RowParallelLinear(width, config.hidden, comm, **how)
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, sequence, _ = x.shape
-        x = autograd.copy(x, self.comm, tag="attention")
-        q = self.q_proj(x).view(batch, sequence, self.heads, self.head_size).transpose(1, 2)
-        k = self.k_proj(x).view(batch, sequence, self.kv_heads, self.head_size).transpose(1, 2)
-        v = self.v_proj(x).view(batch, sequence, self.kv_heads, self.head_size).transpose(1, 2)
+    def forward(self, x: Tensor, sequence: int) -> Tensor:
+        qkv = column_linears(x, [self.q_proj, self.k_proj, self.v_proj])
+        q, k, v = (t.view(-1, sequence, t.shape[-1] // self.head_size, self.head_size).transpose(1, 2) for t in qkv)
         table = rotary_table(sequence, self.head_size, self.theta, dtype=x.dtype, device=x.device)
         y = F.scaled_dot_product_attention(rotary(q, table), rotary(k, table), v, is_causal=True, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, sequence, -1))
+        return self.o_proj(y.transpose(1, 2).reshape(qkv[0].shape))
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), the gate and up projections in one op."""
 
-    def __init__(self, config: ModelConfig, comm: Communicator, **where):
+    def __init__(self, config: ModelConfig, comm: Communicator, **how):
         super().__init__()
-        self.comm = comm
-        self.gate_proj = ColumnParallelLinear(config.hidden, config.ffn, comm, input_is_copied=True, **where)
-        self.up_proj = ColumnParallelLinear(config.hidden, config.ffn, comm, input_is_copied=True, **where)
-        self.down_proj = RowParallelLinear(config.ffn, config.hidden, comm, **where)
+        self.gate_proj = ColumnParallelLinear(config.hidden, config.ffn, comm, **how)
+        self.up_proj = ColumnParallelLinear(config.hidden, config.ffn, comm, **how)
+        self.down_proj = RowParallelLinear(config.ffn, config.hidden, comm, **how)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = autograd.copy(x, self.comm, tag="mlp")
-        return self.down_proj(ops.gated_linear(x, self.gate_proj.weight, self.up_proj.weight, activation="silu"))
+        return self.down_proj(gate_and_up(x, self.gate_proj, self.up_proj, activation="silu"))
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, comm: Communicator, **where):
+    def __init__(self, config: ModelConfig, comm: Communicator, **how):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden, config.norm_eps, **where)
-        self.self_attn = Attention(config, comm, **where)
-        self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps, **where)
-        self.mlp = MLP(config, comm, **where)
+        self.input_layernorm = RMSNorm(config, comm, **how)
+        self.self_attn = Attention(config, comm, **how)
+        self.post_attention_layernorm = RMSNorm(config, comm, **how)
+        self.mlp = MLP(config, comm, **how)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x))
+    def forward(self, x: Tensor, sequence: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), sequence)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
     """Layers `layers` of the model; `comm` is the tensor-parallel group.
 
-    forward(x): tokens [B, S] (int64) in the first part, else hidden states [B, S, H]; returns hidden states, or the
-    vocabulary shard of the logits [B, S, V/R] in the last part. ValueError where `comm.size` does not divide an axis.
+    forward(x): tokens [B, S] (int64) in the first part, else hidden states [B, S, H]; returns hidden states, in the
+    last part those behind the final norm, which `loss` and `logits` take. With sequence_parallel, hidden states are a
+    shard of the flattened tokens, [B S/R, H]. After the last backward of a step `reduce_partial_gradients` is due.
+
+    sequence: S, for a part that sees hidden states alone under sequence parallelism. ValueError where `comm.size` does
+    not divide an axis or the tokens, and where `sequence` is missing or does not divide the tokens.
     """
 
     def __init__(
-        self, config: ModelConfig, comm: Communicator, layers: range | None = None, *, dtype=None, device=None
+        self,
+        config: ModelConfig,
+        comm: Communicator,
+        layers: range | None = None,
+        *,
+        sequence_parallel: bool = False,
+        sequence: int | None = None,
+        dtype=None,
+        device=None,
     ):
         super().__init__()
         layers = range(config.layers) if layers is None else layers
-        where = {"dtype": dtype, "device": device}
-        self.config, self.comm = config, comm
+        how = {"sequence_parallel": sequence_parallel, "dtype": dtype, "device": device}
+        vocab = {"padded_vocab": config.padded_vocab, **how}
+        self.config, self.comm, self.sequence_parallel, self.sequence = config, comm, sequence_parallel, sequence
         self.first, self.last = layers.start == 0, layers.stop == config.layers
+        if sequence_parallel and not self.first and sequence is None:
+            raise ValueError(
+                f"Decoder: layers {layers.start} to {layers.stop - 1} see tokens flattened by sequence parallelism; "
+                "pass sequence, the length of one"
+            )
         if self.first:
-            self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden, comm, **where)
-        self.layers = nn.ModuleDict({str(i): Layer(config, comm, **where) for i in layers})
+            self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden, comm, **vocab)
+        self.layers = nn.ModuleDict({str(i): Layer(config, comm, **how) for i in layers})
         if self.last:
-            self.norm = RMSNorm(config.hidden, config.norm_eps, **where)
-            self.lm_head = ColumnParallelLinear(config.hidden, config.vocab_size, comm, **where)
+            self.norm = RMSNorm(config, comm, **how)
+            self.lm_head = VocabParallelHead(config.hidden, config.vocab_size, comm, **vocab)
 
     def forward(self, x: Tensor) -> Tensor:
+        sequence = self._sequence(x)
         if self.first:
             x = self.embed_tokens(x)
         for layer in self.layers.values():
-            x = layer(x)
-        return self.lm_head(self.norm(x)) if self.last else x
+            x = layer(x, sequence)
+        return self.norm(x) if self.last else x
 
-    def loss(self, logits_shard_n: Tensor, target: Tensor) -> Tensor:
-        """Sum over tokens of the cross entropy, in nat; target [B, S] (int64)."""
-        return vocab_parallel_cross_entropy(logits_shard_n.flatten(0, 1), target.flatten(), self.comm).sum()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """This rank's part of the vocabulary, [.., V/R], of what the last part returned."""
+        return self.lm_head(hidden)
+
+    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Sum over tokens of the cross entropy, in nat, of what the last part returned; target [B, S] (int64)."""
+        return self.lm_head.loss(hidden, target, reduction="sum")
+
+    def _sequence(self, x: Tensor) -> int:
+        if self.first or not self.sequence_parallel:
+            return x.shape[1]
+        if len(x) * self.comm.size % self.sequence:
+            raise ValueError(
+                f"Decoder: {len(x)} tokens on each of {self.comm.size} ranks are not whole sequences of "
+                f"{self.sequence}; pass shards of whole sequences, or the Decoder their length"
+            )
+        return self.sequence

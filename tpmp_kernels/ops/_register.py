@@ -17,6 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpmp_kernels.ops import _gradients as gradients
+from tpmp_kernels.ops import sharding as rules
+from tpmp_kernels.ops._gradients import below_autograd
+
+__all__ = ["below_autograd", "lowest", "register", "widest"]
+
 NAMESPACE = "tpmp_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _DEVICES = ("CPU", "CUDA")
@@ -24,9 +30,8 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
     torch._C.DispatchKey.AutocastCUDA
 )
 
-# The context in which a Function's forward calls ops: they go to the device's implementation (or, in a trace, into
-# the graph) and record no gradient of their own.
-below_autograd = torch._C._AutoDispatchBelowAutograd
+# The rule of each op that has one.
+AUTOCAST: dict[Any, Callable[[str, list[Tensor]], torch.dtype]] = {}
 
 
 def register(
@@ -36,24 +41,31 @@ def register(
     *,
     function: type[torch.autograd.Function] | None = None,
     autocast: Callable[[str, list[Tensor]], torch.dtype] | None = None,
+    autocast_keeps: tuple[int, ...] = (),
+    sharding: rules.Rule | str | None = None,
 ) -> Any:
     """Define an op and return it, callable with positional arguments. Schemas have no defaults.
 
     `implementation` serves CPU and CUDA and chooses its backend itself. `autocast(device_type, tensors)` names the
-    dtype to which floating inputs are cast while autocast is on: `lowest` or `widest`. Without `function` the op is
-    an inner one, called below autograd alone.
+    dtype to which floating inputs are cast while autocast is on: `lowest` or `widest`; those at the positions
+    `autocast_keeps` keep theirs. `sharding` says how DTensor may cut the op (see sharding.cut), or as a string why it
+    takes none. Without `function` the op is an inner one, called below autograd alone.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     for device in _DEVICES:
         _LIBRARY.impl(name, implementation, device)
+    _LIBRARY.impl(name, gradients.batched(name), "FuncTorchBatched")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    if function is not None:
-        _LIBRARY.impl(name, _differentiable(op, function), "Autograd")
+    autograd = gradients.differentiable(name, op, function) if function else gradients.undifferentiable(name, op)
+    _LIBRARY.impl(name, autograd, "Autograd")
     if autocast is not None:
+        AUTOCAST[op] = autocast
         for device in _DEVICES:
-            _LIBRARY.impl(name, _cast(op, device.lower(), autocast), f"Autocast{device}")
+            _LIBRARY.impl(name, _cast(op, device.lower(), autocast, autocast_keeps), f"Autocast{device}")
+    if sharding is not None:
+        rules.add(op, sharding)
     return op
 
 
@@ -67,24 +79,18 @@ def widest(device_type: str, tensors: list[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, [t.dtype for t in tensors])
 
 
-def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable:
-    def autograd(*args):
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return function.apply(*args)
-        with below_autograd():
-            return op(*args)
-
-    return autograd
-
-
-def _cast(op: Any, device_type: str, rule: Callable[[str, list[Tensor]], torch.dtype]) -> Callable:
-    def eligible(arg: Any) -> bool:
-        return isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+def _cast(
+    op: Any, device_type: str, rule: Callable[[str, list[Tensor]], torch.dtype], keeps: tuple[int, ...]
+) -> Callable:
+    def eligible(position: int, arg: Any) -> bool:
+        return (
+            position not in keeps and isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+        )
 
     def autocast(*args):
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-            tensors = [arg for arg in args if eligible(arg)]
+            tensors = [arg for i, arg in enumerate(args) if eligible(i, arg)]
             dtype = rule(device_type, tensors) if tensors else None
-            return op(*(arg.to(dtype) if eligible(arg) else arg for arg in args))
+            return op(*(arg.to(dtype) if eligible(i, arg) else arg for i, arg in enumerate(args)))
 
     return autocast

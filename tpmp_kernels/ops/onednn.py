@@ -43,10 +43,17 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """act(x @ weight^T + bias) in one pass. x [M, K], weight [N, K] -> [M, N]."""
     attr, algorithm = _FUSED[activation]
-    y = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, attr, [], algorithm)
+    y = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, _dense(bias), attr, [], algorithm)
     return y.square_() if activation == "relu2" else y
 
 
 def linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor, operation: str) -> Tensor:
     """(x @ weight^T + bias) + other, or * other for operation "mul", in one pass. other [M, N] is only read."""
-    return torch.ops.mkldnn._linear_pointwise.binary(x.contiguous(), other.contiguous(), weight, bias, operation)
+    return torch.ops.mkldnn._linear_pointwise.binary(
+        x.contiguous(), other.contiguous(), weight, _dense(bias), operation
+    )
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    """These operators read a bias as if its stride were 1."""
+    return None if bias is None else bias.contiguous()

@@ -3,23 +3,38 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpmp_kernels.comm import autograd
 from tpmp_kernels.comm.communicator import Communicator
-from tpmp_kernels.tensor_parallel.shard import shard_parameter
+from tpmp_kernels.tensor_parallel.linear import reduce_output
+from tpmp_kernels.tensor_parallel.vocabulary import own_ids, vocab_parameter
 
 
 class VocabParallelEmbedding(nn.Module):
-    """tokens [..] (int64) -> [.., H]; weight [V/R, H]: the rows of this rank. ValueError where R does not divide V."""
+    """tokens [..] (int64) -> [.., H]; weight [V/R, H]: the rows of this rank, V = padded_vocab (see vocabulary.py).
 
-    def __init__(self, vocab_size: int, hidden: int, comm: Communicator, *, dtype=None, device=None):
+    sequence_parallel: return this rank's tokens alone, [M/R, H]. ValueError where R does not divide V or M.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden: int,
+        comm: Communicator,
+        *,
+        padded_vocab: int | None = None,
+        sequence_parallel: bool = False,
+        dtype=None,
+        device=None,
+    ):
         super().__init__()
-        self.comm = comm
-        self.weight = shard_parameter((vocab_size, hidden), 0, comm, axis="vocab_size", dtype=dtype, device=device)
+        self.comm, self.sequence_parallel = comm, sequence_parallel
+        self.weight = vocab_parameter(
+            "VocabParallelEmbedding", vocab_size, padded_vocab, hidden, comm, dtype=dtype, device=device
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        rows = self.weight.shape[0]
-        local = tokens - self.comm.rank * rows
-        foreign = (local < 0) | (local >= rows)
+        ids = own_ids(self.weight, self.comm)
+        foreign = (tokens < ids.start) | (tokens >= ids.stop)
         # Row 0 stands in for foreign tokens and is zeroed behind the look-up, so that it gets no gradient from them.
-        found = F.embedding(local.masked_fill(foreign, 0), self.weight)
-        return autograd.all_reduce(found.masked_fill(foreign.unsqueeze(-1), 0), self.comm, tag="embedding")
+        found = F.embedding((tokens - ids.start).masked_fill(foreign, 0), self.weight)
+        found = found.masked_fill(foreign.unsqueeze(-1), 0)
+        return reduce_output(found, self.comm, self.sequence_parallel, tag="VocabParallelEmbedding")

@@ -1,13 +1,16 @@
 """Linear layers cut along one axis of the weight, W [N, K], Y = X @ W^T.
 
-| layer  | weight            | input            | output                      | communication                      |
-| ------ | ----------------- | ---------------- | --------------------------- | ---------------------------------- |
-| column | W_shard_n [N/R,K] | X [.., K]        | Y_shard_n [.., N/R]         | backward: dX all-reduced           |
-| row    | W_shard_k [N,K/R] | X_shard_k [..,K/R] | Y [.., N], whole everywhere | forward: partial Y all-reduced     |
+| layer  | weight             | input               | output              | forward            | backward            |
+| ------ | ------------------ | ------------------- | ------------------- | ------------------ | ------------------- |
+| column | W_shard_n [N/R, K] | X [.., K]           | Y_shard_n [.., N/R] |                    | dX all-reduced      |
+| row    | W_shard_k [N, K/R] | X_shard_k [.., K/R] | Y [.., N]           | Y all-reduced      |                     |
+| column | W_shard_n [N/R, K] | X_shard_m [M/R, K]  | Y_shard_n [M, N/R]  | X gathered         | dX reduce-scattered |
+| row    | W_shard_k [N, K/R] | X_shard_k [M, K/R]  | Y_shard_m [M/R, N]  | Y reduce-scattered | dY gathered         |
 
+The lower two are those of sequence parallelism: what lies between the pairs is cut along the flattened tokens.
 A column layer followed by a row layer needs one all-reduce forward and one backward for the pair (Megatron-LM, arXiv
-1909.08053). Layers that read the same X (q, k, v; gate, up) share one `comm.autograd.copy` in front of them, so that
-their input gradients are added locally and reduced once: they take `input_is_copied=True`.
+1909.08053); under sequence parallelism the same bytes move, and norms, dropout and residuals between the pairs take 1/R
+of the time and memory (arXiv 2205.05198). Layers that read the same X are called together: see column.py.
 """
 
 from torch import Tensor, nn
@@ -15,11 +18,17 @@ from torch import Tensor, nn
 from tpmp_kernels import ops
 from tpmp_kernels.comm import autograd
 from tpmp_kernels.comm.communicator import Communicator
+from tpmp_kernels.tensor_parallel.column import column_linears, gathered_output
 from tpmp_kernels.tensor_parallel.shard import shard_parameter
 
 
 class ColumnParallelLinear(nn.Module):
-    """Y_shard_n [.., N/R] = act(X [.., K] @ W_shard_n^T + b_shard_n). ValueError where R does not divide N."""
+    """Y_shard_n [.., N/R] = act(X [.., K] @ W_shard_n^T + b_shard_n). ValueError where R does not divide N.
+
+    gather_output: return Y [.., N]. input_is_copied: x comes whole from a copy or gather that the caller put in front,
+    which also sums its gradient. replicas: neighbouring ranks that hold the same columns, of N / (R / replicas); their
+    gradients are partial sums, see gradients.py.
+    """
 
     def __init__(
         self,
@@ -29,24 +38,37 @@ class ColumnParallelLinear(nn.Module):
         *,
         bias: bool = False,
         activation: str | None = None,
+        gather_output: bool = False,
         input_is_copied: bool = False,
+        sequence_parallel: bool = False,
+        replicas: int = 1,
         dtype=None,
         device=None,
     ):
         super().__init__()
-        self.comm, self.activation, self.input_is_copied = comm, activation, input_is_copied
-        cut = {"axis": "out_features", "dtype": dtype, "device": device}
+        if gather_output and replicas > 1:
+            raise ValueError(
+                f"ColumnParallelLinear: gather_output would repeat columns that {replicas} ranks share; keep the "
+                "output sharded, or use replicas=1"
+            )
+        self.comm, self.activation, self.gather_output = comm, activation, gather_output
+        self.input_is_copied, self.sequence_parallel = input_is_copied, sequence_parallel
+        cut = {"axis": "out_features", "replicas": replicas, "dtype": dtype, "device": device}
         self.weight = shard_parameter((out_features, in_features), 0, comm, **cut)
         self.bias = shard_parameter((out_features,), 0, comm, **cut) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.input_is_copied:
-            x = autograd.copy(x, self.comm, tag="column")
-        return ops.linear(x, self.weight, self.bias, activation=self.activation)
+            return column_linears(x, [self])[0]
+        return gathered_output(ops.linear(x, self.weight, self.bias, activation=self.activation), self)
 
 
 class RowParallelLinear(nn.Module):
-    """Y [.., N] = sum over ranks of X_shard_k [.., K/R] @ W_shard_k^T, plus b. ValueError where R does not divide K."""
+    """Y [.., N] = sum over ranks of X_shard_k [.., K/R] @ W_shard_k^T, plus b. ValueError where R does not divide K.
+
+    input_is_parallel: x is X_shard_k; otherwise it is the whole X, of which each rank takes its shard.
+    sequence_parallel: return Y_shard_m [M/R, N]; ValueError where R does not divide the M tokens of x.
+    """
 
     def __init__(
         self,
@@ -55,16 +77,35 @@ class RowParallelLinear(nn.Module):
         comm: Communicator,
         *,
         bias: bool = False,
+        input_is_parallel: bool = True,
+        sequence_parallel: bool = False,
         dtype=None,
         device=None,
     ):
         super().__init__()
-        self.comm = comm
+        self.comm, self.input_is_parallel, self.sequence_parallel = comm, input_is_parallel, sequence_parallel
         cut = {"axis": "in_features", "dtype": dtype, "device": device}
         self.weight = shard_parameter((out_features, in_features), 1, comm, **cut)
         self.bias = nn.Parameter(self.weight.new_empty(out_features)) if bias else None
+        if bias and sequence_parallel:
+            self.bias.tp_partial_grad = comm.size
 
-    def forward(self, x_shard_k: Tensor) -> Tensor:
-        y = autograd.all_reduce(ops.linear(x_shard_k, self.weight), self.comm, tag="row")
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.input_is_parallel:
+            x = autograd.split(x, self.comm, dim=-1, tag="row.input")
+        y = reduce_output(ops.linear(x, self.weight), self.comm, self.sequence_parallel, tag="RowParallelLinear")
         # Behind the reduction: added in front of it the bias would count once for every rank.
         return y if self.bias is None else y + self.bias
+
+
+def reduce_output(y: Tensor, comm: Communicator, sequence_parallel: bool, *, tag: str) -> Tensor:
+    """The sum of y [.., N] over the ranks, or under sequence parallelism this rank's tokens of it, [M/R, N]."""
+    if not sequence_parallel:
+        return autograd.all_reduce(y, comm, tag=tag)
+    y = y.reshape(y.shape[:-1].numel(), y.shape[-1])
+    if len(y) % comm.size:
+        raise ValueError(
+            f"{tag}: {len(y)} tokens cannot be cut over tp={comm.size} by sequence parallelism; pad the batch to "
+            f"{-(-len(y) // comm.size) * comm.size} tokens, or make the layer without sequence_parallel"
+        )
+    return autograd.reduce_scatter(y, comm, tag=tag)

@@ -1,10 +1,15 @@
 """Which part of a parameter a rank holds: a parameter is a local tensor that knows its placement.
 
-Placements are torch.distributed.tensor's own (`Shard(dim)`, `Replicate()`), so that `state_dict` and checkpoints can
-state them as DTensors without a second vocabulary.
+| attribute         | on               | meaning                                                                      |
+| ----------------- | ---------------- | ---------------------------------------------------------------------------- |
+| `tp_placement`    | sharded ones     | `Shard(dim)` of torch.distributed.tensor; a parameter without it is whole    |
+| `tp_replicas`     | k, v projections | neighbouring ranks that hold the same shard, of R / replicas; elsewhere 1    |
+| `tp_unpadded`     | vocabulary       | length of the whole along `dim` without the zeros at its end                 |
+| `tp_partial_grad` | see gradients.py | neighbouring ranks over which what backward leaves in the gradient is to add |
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
@@ -19,13 +24,24 @@ def shard_size(size: int, ranks: int, what: str) -> int:
     return size // ranks
 
 
-def shard_parameter(shape: tuple[int, ...], dim: int, comm: Communicator, *, axis: str, dtype, device) -> nn.Parameter:
+def shard_parameter(
+    shape: tuple[int, ...], dim: int, comm: Communicator, *, axis: str, dtype, device, replicas: int = 1
+) -> nn.Parameter:
     """An uninitialised parameter: this rank's shard, along `dim`, of a weight of the whole `shape`. ValueError, which
-    calls that axis `axis`, where it does not divide."""
+    calls that axis `axis`, where it does not divide.
+
+    replicas: neighbouring ranks that hold the same shard; their gradients are partial sums.
+    """
+    if comm.size % replicas:
+        raise ValueError(
+            f"replicas is {replicas}, which does not divide tp={comm.size}; pass how many neighbours share a shard"
+        )
     local = list(shape)
-    local[dim] = shard_size(shape[dim], comm.size, axis)
+    local[dim] = shard_size(shape[dim], comm.size // replicas, axis)
     parameter = nn.Parameter(torch.empty(local, dtype=dtype, device=device))
     parameter.tp_placement = Shard(dim)
+    if replicas > 1:
+        parameter.tp_replicas = parameter.tp_partial_grad = replicas
     return parameter
 
 
@@ -34,6 +50,23 @@ def placement_of(parameter: Tensor) -> Placement:
     return getattr(parameter, "tp_placement", None) or Replicate()
 
 
-def take_shard(full: Tensor, placement: Placement, comm: Communicator) -> Tensor:
+def replicas_of(parameter: Tensor) -> int:
+    """Neighbouring ranks that hold the same shard of a sharded parameter: rank r holds part r // replicas."""
+    return getattr(parameter, "tp_replicas", 1)
+
+
+def take_shard(full: Tensor, placement: Placement, comm: Communicator, replicas: int = 1) -> Tensor:
     """The part of `full` that this rank of `comm` holds under `placement` (a view)."""
-    return full.chunk(comm.size, dim=placement.dim)[comm.rank] if isinstance(placement, Shard) else full
+    if not isinstance(placement, Shard):
+        return full
+    return full.chunk(comm.size // replicas, dim=placement.dim)[comm.rank // replicas]
+
+
+def shard_of(full: Tensor, parameter: Tensor, comm: Communicator) -> Tensor:
+    """The part of the whole `full`, without padding, that `parameter` holds on this rank; zeros where it is padding."""
+    placement, replicas = placement_of(parameter), replicas_of(parameter)
+    if hasattr(parameter, "tp_unpadded"):
+        padding = parameter.shape[placement.dim] * (comm.size // replicas) - full.shape[placement.dim]
+        behind = full.dim() - 1 - placement.dim
+        full = F.pad(full, (*[0] * (2 * behind + 1), padding))
+    return take_shard(full, placement, comm, replicas)

@@ -40,6 +40,8 @@ class DataConfig:
 class ParallelConfig:
     tp: int = 1
     """Tensor-parallel ranks: every layer is cut into this many shards."""
+    sequence_parallel: bool = False
+    """Cut the tokens between tensor-parallel layers as well: norms and residuals take 1/tp of the memory."""
     pp: int = 1
     """Pipeline-parallel ranks: the layers are cut into this many stages."""
     schedule: str = "1f1b"

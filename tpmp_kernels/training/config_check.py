@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ def check(config: Config) -> None:
     """Refuse what cannot run, before any process starts. Raises UsageError with expected, got and remedy."""
     _check_numbers(config)
     _check_model(config)
+    _check_tensor_parallel(config)
     _check_parallel(config)
     source = config.data.source
     if source != STDLIB and not Path(source).exists():
@@ -24,13 +26,15 @@ def check(config: Config) -> None:
 
 
 _POSITIVE = [
-    "model.vocab_size", "model.hidden", "model.layers", "model.heads", "model.kv_heads", "model.ffn",
-    "model.rope_theta", "model.norm_eps", "data.sequence", "parallel.tp", "parallel.pp", "parallel.microbatches",
-    "training.steps", "training.batch", "training.threads", "training.timeout", "optimizer.lr", "optimizer.eps",
-    "optimizer.clip_norm", "validation.batches", "proof.fp64_steps", "proof.fp64_tolerance", "proof.fp32_steps",
-    "proof.fp32_tolerance", "output.log_every",
+    "model.vocab_size", "model.hidden", "model.layers", "model.heads", "model.kv_heads",
+    "model.ffn", "model.rope_theta", "model.norm_eps", "data.sequence", "parallel.tp", "parallel.pp",
+    "parallel.microbatches", "training.steps", "training.batch", "training.threads", "training.timeout", "optimizer.lr",
+    "optimizer.eps", "optimizer.clip_norm", "validation.batches", "proof.fp64_steps", "proof.fp64_tolerance",
+    "proof.fp32_steps", "proof.fp32_tolerance", "output.log_every",
 ]  # fmt: skip
-_NOT_NEGATIVE = ["optimizer.warmup_steps", "optimizer.weight_decay", "validation.every", "checkpoint.every"]
+_NOT_NEGATIVE = [
+    "model.vocab_multiple", "optimizer.warmup_steps", "optimizer.weight_decay", "validation.every", "checkpoint.every",
+]  # fmt: skip
 
 
 def _check_numbers(config: Config) -> None:
@@ -66,15 +70,26 @@ def _check_model(config: Config) -> None:
         )
 
 
+def _check_tensor_parallel(config: Config) -> None:
+    model, tp = config.model, config.parallel.tp
+    axes = {"heads": model.heads, "ffn": model.ffn, "vocab_size": model.padded_vocab}
+    allowed = _set(r for r in _divide(math.gcd(*axes.values())) if not (model.kv_heads % r and r % model.kv_heads))
+    for name, size in axes.items():
+        if size % tp:
+            padded, what = (f", padded to {size},", "vocab_multiple") if name == "vocab_size" else ("", name)
+            raise UsageError(
+                f"model.{name}={getattr(model, name)}{padded} is not divisible by parallel.tp={tp}; use tp in "
+                f"{allowed} or change {what}"
+            )
+    if model.kv_heads % tp and tp % model.kv_heads:
+        raise UsageError(
+            f"model.kv_heads={model.kv_heads} and parallel.tp={tp}: neither divides the other; use tp in {allowed} or "
+            "change kv_heads"
+        )
+
+
 def _check_parallel(config: Config) -> None:
     model, parallel, training = config.model, config.parallel, config.training
-    allowed = _divisors(math.gcd(model.heads, model.kv_heads, model.ffn, model.vocab_size))
-    for name in ("heads", "kv_heads", "ffn", "vocab_size"):
-        if getattr(model, name) % parallel.tp:
-            raise UsageError(
-                f"model.{name}={getattr(model, name)} is not divisible by parallel.tp={parallel.tp}; "
-                f"use tp in {allowed} or change {name}"
-            )
     if model.layers < parallel.pp:
         raise UsageError(
             f"model.layers={model.layers} is less than parallel.pp={parallel.pp} and every stage needs a layer; "
@@ -84,6 +99,12 @@ def _check_parallel(config: Config) -> None:
         raise UsageError(
             f"training.batch={training.batch} is not divisible by parallel.microbatches={parallel.microbatches}; "
             f"use microbatches in {_divisors(training.batch)}"
+        )
+    tokens = training.batch // parallel.microbatches * config.data.sequence
+    if parallel.sequence_parallel and tokens % parallel.tp:
+        raise UsageError(
+            f"parallel.sequence_parallel: the {tokens} tokens of a microbatch are not divisible by "
+            f"parallel.tp={parallel.tp}; use tp in {_divisors(tokens)} or change data.sequence"
         )
     names = schedule_names()
     if parallel.schedule not in names:
@@ -109,4 +130,12 @@ def _value(config: Config, name: str) -> Any:
 
 
 def _divisors(number: int) -> str:
-    return "{" + ", ".join(str(d) for d in range(1, number + 1) if number % d == 0) + "}"
+    return _set(_divide(number))
+
+
+def _divide(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _set(numbers: Iterable[int]) -> str:
+    return "{" + ", ".join(map(str, numbers)) + "}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from tpmp_kernels.tensor_parallel import placement_of
+from tpmp_kernels.tensor_parallel import placement_of, replicas_of
 from tpmp_kernels.training.config import OptimizerConfig
 
 
@@ -45,11 +45,11 @@ class Optimizer:
     def local_square_norm(self) -> Tensor:
         """This rank's part, fp64, of the squared global gradient norm: the parts of all ranks add up to it."""
         counted = [
-            main.grad
+            main.grad.double().square().sum() / replicas_of(self.parameters[name])
             for name, main in self.main.items()
             if placement_of(self.parameters[name]).is_shard() or self.counts_replicas
         ]
-        return torch.stack([grad.double().square().sum() for grad in counted]).sum().cpu()
+        return torch.stack(counted).sum().cpu()
 
     def step(self, step: int, norm: float) -> None:
         """Clip the gradients by the global `norm`, update, and clear the gradients."""

@@ -1,5 +1,6 @@
 """One rank's share of training: its stage of the model, the runtime that executes the schedule, and the optimizer."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from tpmp_kernels.pipeline.runtime import Runtime, StepResult
 from tpmp_kernels.pipeline.schedule import Event
 from tpmp_kernels.pipeline.schedules import build
 from tpmp_kernels.pipeline.stage import Stage
-from tpmp_kernels.tensor_parallel import placement_of
+from tpmp_kernels.tensor_parallel import placement_of, reduce_partial_gradients
 from tpmp_kernels.training.config import Config
 from tpmp_kernels.training.data import Corpus
 from tpmp_kernels.training.layout import Layout
@@ -40,7 +41,15 @@ class Trainer:
     def __init__(self, config: Config, layout: Layout, corpus: Corpus, *, device: str = "cpu"):
         self.config, self.layout, self.corpus, self.device = config, layout, corpus, device
         dtype = getattr(torch, config.training.dtype)
-        self.model = Decoder(config.model, layout.tp, layout.layers(config.model.layers), dtype=dtype, device=device)
+        self.model = Decoder(
+            config.model,
+            layout.tp,
+            layout.layers(config.model.layers),
+            sequence_parallel=config.parallel.sequence_parallel,
+            sequence=config.data.sequence,
+            dtype=dtype,
+            device=device,
+        )
         initialize(self.model, seed=config.training.seed, layers=config.model.layers, comm=layout.tp)
         self.optimizer = Optimizer(self.model, config.optimizer, counts_replicas=layout.tp.rank == 0)
         self.runtime = self._runtime(config.parallel.schedule, dtype)
@@ -50,12 +59,14 @@ class Trainer:
     def _runtime(self, schedule: str, dtype: torch.dtype) -> Runtime:
         parallel, training = self.config.parallel, self.config.training
         stage = Stage(self.model, loss=self.model.loss if self.model.last else None)
-        shape = (training.batch // parallel.microbatches, self.config.data.sequence, self.config.model.hidden)
+        tokens = (training.batch // parallel.microbatches, self.config.data.sequence)
+        if parallel.sequence_parallel:
+            tokens = (math.prod(tokens) // self.layout.tp.size,)
         return Runtime(
             build(schedule, ranks=parallel.pp, microbatches=parallel.microbatches),
             {self.layout.pp.rank: stage},
             self.layout.pp,
-            shape=shape,
+            shape=(*tokens, self.config.model.hidden),
             dtype=dtype,
             device=self.device,
             tensor_parallel=self.layout.tp,
@@ -65,6 +76,8 @@ class Trainer:
         """Train on the batch of `step` (0, 1, ...)."""
         start, reduced = time.perf_counter(), self.layout.tp.seconds
         result = self._pass(self.runtime, step, "train")
+        gradients = {name: main.grad for name, main in self.optimizer.main.items()}
+        reduce_partial_gradients(self.model, self.layout.tp, gradients=gradients)
         exposed = self.layout.tp.seconds - reduced
 
         # Here the ranks that finished their part of the schedule wait for the slowest: the end of the bubble.

@@ -75,6 +75,11 @@ class ProcessGroupCommunicator(Communicator):
         self._ops: deque[Call] = deque(maxlen=32)
         self._unwaited: set[Message] = set()  # gloo gives up a message, and its peer waits, once nobody holds its Work
 
+    @property
+    def overlaps(self) -> bool:
+        """NCCL computes on the GPU's own streams; gloo's messages take the host's cores."""
+        return "nccl" in self._backends.values()
+
     def abort(self, reason: str) -> None:
         if self._leave.alive:
             self._board.fail(lambda _: Verdict("PeerFailed", self.rank, f"rank {self.rank} failed: {reason}"))

@@ -1,11 +1,10 @@
 """The command line of `tpmp bench comm`, refused in one sentence wherever it is wrong. Loads no torch."""
 
 import argparse
-import difflib
 import os
 import re
-from collections.abc import Callable
 
+from tpmp_kernels.bench.parsing import Parser, each, nearest
 from tpmp_kernels.errors import UsageError
 
 CALLS = {
@@ -44,12 +43,7 @@ result was wrong; 2: bad input."""
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """`ranks`, `sizes` in bytes, `calls` by their full names, `quick`. --help prints and exits. Raises UsageError."""
-    options, rest = _parser().parse_known_args(argv)
-    if rest:
-        flag = rest[0].partition("=")[0]
-        if flag.startswith("-"):
-            raise UsageError(f"unknown option {flag!r}; the nearest known one is {_nearest(flag, _FLAGS)!r}")
-        raise UsageError(f"expected options only, got {rest[0]!r}; tpmp bench comm --help lists them")
+    options = _parser().parse(argv)
     if options.sizes is None:
         options.sizes = _sizes(QUICK_SIZES if options.quick else SIZES)
     _check_memory(options.ranks, max(options.sizes))
@@ -66,29 +60,12 @@ def _check_memory(ranks: int, largest: int) -> None:
         )
 
 
-def _nearest(word: str, known) -> str:
-    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """Called with a sentence of argparse, or of ours in its ArgumentTypeError."""
-        option, _, text = message.removeprefix("argument ").partition(": ")
-        if text == "expected one argument":
-            text = "expected a value, got nothing; tpmp bench comm --help shows one for each option"
-        elif text.startswith("ignored explicit argument"):
-            text = f"expected no value, got{text.removeprefix('ignored explicit argument')}; leave it out"
-        raise UsageError(f"{option}: {text}")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="tpmp bench comm",
+def _parser() -> Parser:
+    parser = Parser(
+        "tpmp bench comm",
         usage="tpmp bench comm [--ranks R] [--sizes S,S] [--calls C,C] [--quick]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--ranks", metavar="R", type=_ranks, default=2, help="processes, from 2 to 64 (2)")
     parser.add_argument("--sizes", metavar="S,S", type=_sizes, help=f"of the larger tensor of a call ({SIZES})")
@@ -111,7 +88,7 @@ def _ranks(text: str) -> int:
 
 
 def _sizes(text: str) -> list[int]:
-    return _each(text, _size, "sizes such as 4KiB,1MiB")
+    return each(text, _size, "sizes such as 4KiB,1MiB")
 
 
 def _size(text: str) -> int:
@@ -127,23 +104,12 @@ def _size(text: str) -> int:
 
 
 def _calls(text: str) -> list[str]:
-    return _each(text, _call, "calls such as all_reduce,send")
+    return each(text, _call, "calls such as all_reduce,send")
 
 
 def _call(name: str) -> str:
     if name not in CALLS:
         raise argparse.ArgumentTypeError(
-            f"unknown call {name!r}; the nearest known one is {_nearest(name, CALLS)!r} of {', '.join(CALLS)}"
+            f"unknown call {name!r}; the nearest known one is {nearest(name, CALLS)!r} of {', '.join(CALLS)}"
         )
     return CALLS[name]
-
-
-def _each(text: str, read: Callable, such: str) -> list:
-    """The values of a list with commas, each once, in order."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise argparse.ArgumentTypeError(f"expected {such}, got {text!r}; remove the empty one")
-    return list(dict.fromkeys(map(read, parts)))
-
-
-_FLAGS = ("--help", "--ranks", "--sizes", "--calls", "--quick")

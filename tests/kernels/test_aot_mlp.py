@@ -1,0 +1,56 @@
+"""kernels.mlp compiled ahead of time for sm_90: derivative, h and bias sums in the epilogue of a transposed product."""
+
+import itertools
+
+import pytest
+import torch
+
+from tpmp_kernels import reference
+from tpmp_kernels.kernels import tiles
+
+pytest.importorskip("triton")
+
+from aot_gemm import DTYPES, TOKENS, cases, check, empty, sampled
+
+from tpmp_kernels.kernels import mlp
+
+PLAIN = [
+    tiles.Epilogue(activation, bias=bias, preact=h)
+    for activation, bias, h in itertools.product(reference.ACTIVATIONS, (False, True), (False, True))
+]
+GATED = [tiles.Epilogue(activation, residual=True, preact=h) for activation in reference.GATES for h in (False, True)]
+GRID = cases("mlp_dz", PLAIN + GATED)
+HARDEST = [
+    case
+    for case in GRID
+    if case.dtype == "bf16"
+    and case.tile.block_m == 128
+    and case.epilogue
+    in (tiles.Epilogue("gelu", bias=True, preact=True), tiles.Epilogue("gelu", residual=True, preact=True))
+]
+SAMPLE = sampled(GRID, HARDEST, 1)
+
+
+def check_mlp(case) -> None:
+    dtype, e, n, m = DTYPES[case.dtype], case.epilogue, case.size, TOKENS
+
+    def hidden(wanted: bool = True) -> torch.Tensor | None:
+        return empty(m, n, dtype=dtype, wanted=wanted)
+
+    partial = empty(m // case.tile.block_m, n, dtype=torch.float32, wanted=e.bias)
+    named = mlp.arguments(
+        empty(m, n, dtype=dtype), empty(n, n, dtype=dtype), hidden(), hidden(e.residual), hidden(), hidden(e.residual),
+        hidden(e.preact), partial, e.activation, case.tile,
+    )  # fmt: skip
+    check(mlp.mlp_dz_kernel, named, case)
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=str)
+def test_aot_mlp(case):
+    check_mlp(case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", [c for c in GRID if c not in SAMPLE], ids=str)
+def test_aot_mlp_full(case):
+    check_mlp(case)

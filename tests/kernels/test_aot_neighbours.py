@@ -1,0 +1,112 @@
+"""The kernels of norms, rotary embedding, gates and square sums compiled ahead of time for sm_90: nothing spills."""
+
+import itertools
+
+import pytest
+import torch
+
+from tpmp_kernels import reference
+
+pytest.importorskip("triton")
+
+from aot_checks import assert_no_spill
+
+from tpmp_kernels.kernels import aot, glu, norms, rope, square_sum
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROWS = 4096
+# One of each block: many rows, one row in 4 and in 16 warps, steps; and a width of no alignment.
+WIDTHS = (1, 128, 4096, 8192, 16384, 20480, 4099, 16381)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> torch.Tensor | None:
+    return torch.empty(*shape, dtype=dtype, device="meta") if wanted else None
+
+
+def compile_norm(dtype: torch.dtype, n: int, full: bool, *, centered: bool) -> None:
+    x, row, factor = empty(ROWS, n, dtype=dtype), empty(n, dtype=dtype), empty(ROWS)
+    shape = norms.block(n, norms.WIDEST)
+    optional = x if full else None
+    named = norms.arguments(
+        x, optional, row, row if full and centered else None, x, optional, factor if centered else None, factor, 1e-5,
+        shape,
+    )  # fmt: skip
+    assert_no_spill(aot.compile(norms.norm_kernel, named, capability=90, num_warps=shape.num_warps, num_stages=3))
+
+
+def compile_norm_backward(dtype: torch.dtype, n: int, full: bool, *, centered: bool) -> None:
+    x, row, factor, partial = empty(ROWS, n, dtype=dtype), empty(n, dtype=dtype), empty(ROWS), empty(16, n)
+    shape = norms.block(n, norms.WIDEST_GRADIENT)
+    named = norms.backward_arguments(
+        x, x if full else None, x, row, factor if centered else None, factor, x, partial if full else None,
+        partial if full and centered else None, 16 if shape.whole else 1, shape,
+    )  # fmt: skip
+    assert_no_spill(
+        aot.compile(norms.norm_backward_kernel, named, capability=90, num_warps=shape.num_warps, num_stages=3)
+    )
+
+
+GRID = list(
+    itertools.product((compile_norm, compile_norm_backward), DTYPES, WIDTHS, (False, True), ("rms_norm", "layer_norm"))
+)
+HARDEST = [
+    (compile_norm, "fp32", 16384, True, "layer_norm"),
+    (compile_norm_backward, "fp32", 8192, True, "layer_norm"),
+    (compile_norm_backward, "bf16", 20480, True, "layer_norm"),
+]
+SAMPLE = HARDEST
+
+
+def check_norm(kernel, dtype: str, n: int, full: bool, kind: str) -> None:
+    kernel(DTYPES[dtype], n, full, centered=kind == "layer_norm")
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=lambda c: "-".join(map(str, c[1:])))
+def test_aot_norm(case):
+    check_norm(*case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", [c for c in GRID if c not in SAMPLE], ids=lambda c: "-".join(map(str, c[1:])))
+def test_aot_norm_full(case):
+    check_norm(*case)
+
+
+def in_full_runs_but(wanted, cases) -> list:
+    return [pytest.param(*c, marks=[pytest.mark.full] * (c != wanted), id="-".join(map(str, c))) for c in cases]
+
+
+ROPES = list(itertools.product(DTYPES, (64, 80, 128, 256), (0, 32), (1, 8, 32), (False, True)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rotated", "rest", "heads", "positions"), in_full_runs_but(("bf16", 128, 32, 32, True), ROPES)
+)
+def test_aot_rope(dtype, rotated, rest, heads, positions):
+    q, k = (empty(4, 4096, count, rotated + rest, dtype=DTYPES[dtype]) for count in (heads, max(1, heads // 4)))
+    ids = empty(4, 4096, dtype=torch.int64, wanted=positions)
+    named = rope.arguments(q, k, empty(8192, rotated), ids, q, k, inverse=positions)
+    assert_no_spill(aot.compile(rope.rope_kernel, named, capability=90, num_warps=4, num_stages=3))
+
+
+GLUS = list(itertools.product(DTYPES, reference.GATES, (4096, 4099), ("forward", "backward")))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation", "n", "way"), in_full_runs_but(("bf16", "gelu_tanh", 4096, "backward"), GLUS)
+)
+def test_aot_glu(dtype, activation, n, way):
+    x = empty(ROWS, n, dtype=DTYPES[dtype])
+    tensors = (None, x, None, None) if way == "forward" else (x, None, x, x)
+    named = glu.arguments(x, x, *tensors, activation)
+    assert_no_spill(aot.compile(glu.glu_kernel, named, capability=90, num_warps=4, num_stages=3))
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(d, marks=[pytest.mark.full] * (d != "bf16")) for d in DTYPES])
+def test_aot_square_sum(dtype):
+    partial = empty(8, 256, dtype=torch.float64)
+    for kernel, named in (
+        (square_sum.square_sum_kernel, square_sum.arguments(empty(8, 2**24, dtype=DTYPES[dtype]), partial)),
+        (square_sum.partial_sum_kernel, square_sum.partial_arguments(partial, empty(8, dtype=torch.float64))),
+    ):
+        assert_no_spill(aot.compile(kernel, named, capability=90, num_warps=4, num_stages=3))

@@ -1,0 +1,130 @@
+"""Two GEMMs that share their X tiles, with the product in the epilogue: Y = act(X @ Wg^T) * (X @ Wu^T)."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tpmp_kernels.kernels import gemm, tiles
+from tpmp_kernels.kernels.activations import activate
+from tpmp_kernels.kernels.gemm import grouped, halves, offsets, within
+
+
+# The token count is not specialised, as in linear_kernel.
+@triton.jit(do_not_specialize=["m"])
+def gated_linear_kernel(
+    x, weight, w_up, y, gate, up,
+    m, n, k,
+    x_stride_m, x_stride_k, weight_stride_n, weight_stride_k, w_up_stride_n, w_up_stride_k,
+    ACTIVATION: tl.constexpr,
+    X_ROWS_ADJACENT: tl.constexpr,
+    WEIGHT_ROWS_ADJACENT: tl.constexpr,
+    W_UP_ROWS_ADJACENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    row_block, col_block = grouped(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    along = inner.to(tl.int64)
+    x_tile = x + offsets(rows, m, x_stride_m, X_ROWS_ADJACENT)[:, None] + along[None, :] * x_stride_k
+    gate_tile = weight + offsets(cols, n, weight_stride_n, WEIGHT_ROWS_ADJACENT)[None, :]
+    gate_tile += along[:, None] * weight_stride_k
+    up_tile = w_up + offsets(cols, n, w_up_stride_n, W_UP_ROWS_ADJACENT)[None, :] + along[:, None] * w_up_stride_k
+    x_step = tl.cast(x_stride_k, tl.int64) * BLOCK_K
+    gate_step = tl.cast(weight_stride_k, tl.int64) * BLOCK_K
+    up_step = tl.cast(w_up_stride_k, tl.int64) * BLOCK_K
+
+    gate_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    up_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        left = k - start
+        a = tl.load(x_tile, mask=within(inner[None, :], left, rows[:, None], m, X_ROWS_ADJACENT), other=0.0)
+        gate_mask = within(inner[:, None], left, cols[None, :], n, WEIGHT_ROWS_ADJACENT)
+        up_mask = within(inner[:, None], left, cols[None, :], n, W_UP_ROWS_ADJACENT)
+        gate_acc = tl.dot(a, tl.load(gate_tile, mask=gate_mask, other=0.0), gate_acc, input_precision=PRECISION)
+        up_acc = tl.dot(a, tl.load(up_tile, mask=up_mask, other=0.0), up_acc, input_precision=PRECISION)
+        x_tile += x_step
+        gate_tile += gate_step
+        up_tile += up_step
+
+    _finish_in_parts(gate_acc, up_acc, y, gate, up, m, n, rows, col_block * BLOCK_N, ACTIVATION, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _finish_in_parts(
+    gate_acc, up_acc, y, gate, up, m, n, rows, first_col,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue in fp32 and its stores, on 64 columns at a time, as in kernels.linear."""
+    if BLOCK_N > 64:
+        gate_left, gate_right = halves(gate_acc, BLOCK_M, BLOCK_N)
+        up_left, up_right = halves(up_acc, BLOCK_M, BLOCK_N)
+        _finish_in_parts(gate_left, up_left, y, gate, up, m, n, rows, first_col, ACTIVATION, BLOCK_M, BLOCK_N // 2)
+        _finish_in_parts(
+            gate_right, up_right, y, gate, up, m, n, rows, first_col + BLOCK_N // 2, ACTIVATION, BLOCK_M, BLOCK_N // 2
+        )
+    else:
+        cols = first_col + tl.arange(0, BLOCK_N)
+        mask = (rows < m)[:, None] & (cols < n)[None, :]
+        place = rows.to(tl.int64)[:, None] * n + cols.to(tl.int64)[None, :]
+        if gate is not None:
+            tl.store(gate + place, gate_acc.to(gate.dtype.element_ty), mask=mask)
+            tl.store(up + place, up_acc.to(up.dtype.element_ty), mask=mask)
+        if y is not None:
+            tl.store(y + place, (activate(gate_acc, ACTIVATION) * up_acc).to(y.dtype.element_ty), mask=mask)
+
+
+def gated_linear(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, activation: str, *, store_preact: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(act(gate) * up, gate, up) with gate = x @ w_gate^T, up = x @ w_up^T; None for both unless `store_preact`.
+
+    x [M, K], w_gate and w_up [N, K] of one dtype (bf16, fp16, fp32), any strides. Returns new contiguous tensors.
+    """
+    y = x.new_empty(x.shape[0], w_gate.shape[0])
+    gate, up = (torch.empty_like(y), torch.empty_like(y)) if store_preact else (None, None)
+    _run(x, w_gate, w_up, y, gate, up, tiles.Epilogue(activation, preact=store_preact))
+    return y, gate, up
+
+
+def preact(x: Tensor, w_gate: Tensor, w_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(gate, up) again, the same bits as `gated_linear` stored: the tile is its own."""
+    gate, up = (x.new_empty(x.shape[0], w_gate.shape[0]) for _ in range(2))
+    _run(x, w_gate, w_up, None, gate, up, tiles.Epilogue(activation, preact=True))
+    return gate, up
+
+
+def _run(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, y: Tensor | None, gate: Tensor | None, up: Tensor | None,
+    epilogue: tiles.Epilogue,
+) -> None:  # fmt: skip
+    if x.shape[0] == 0 or w_gate.shape[0] == 0:
+        return
+    tile = gemm.choose("gated_linear", x, w_gate, epilogue)
+    gemm.launch(gated_linear_kernel, arguments(x, w_gate, w_up, y, gate, up, epilogue.activation, tile), tile)
+
+
+def arguments(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    up: Tensor | None,
+    activation: str,
+    tile: tiles.Tile,
+) -> dict[str, Any]:
+    """Every argument of `gated_linear_kernel` by name, as a launch passes them and as aot.compile takes them."""
+    return gemm.operands(x, w_gate, tile) | {
+        "w_up": w_up, "y": y, "gate": gate, "up": up,
+        "w_up_stride_n": w_up.stride(0), "w_up_stride_k": w_up.stride(1),
+        "W_UP_ROWS_ADJACENT": gemm.rows_adjacent(w_up),
+        "ACTIVATION": activation,
+    }  # fmt: skip

@@ -1,0 +1,142 @@
+"""The middle of an MLP's backward: the down layer's dgrad with the derivative of what stood before it in the epilogue.
+
+    mlp        dH = dY @ W_down    dZ = dH * act'(Z)                                       H = act(Z)
+    gated      dH = dY @ W_down    dGate = dH * Up * act'(Gate), dUp = dH * act(Gate)      H = act(Gate) * Up
+
+dH is never stored. H is made again for the down layer's wgrad, while its pre-activations are at hand.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tpmp_kernels.kernels import gemm, tiles
+from tpmp_kernels.kernels.activations import activate, derivative
+from tpmp_kernels.kernels.gemm import grouped, halves, product
+
+
+# The token count is not specialised, as in linear_kernel.
+@triton.jit(do_not_specialize=["m"])
+def mlp_dz_kernel(
+    x, weight, preact, up, dz, dup, h, partial,
+    m, n, k,
+    x_stride_m, x_stride_k, weight_stride_n, weight_stride_k,
+    ACTIVATION: tl.constexpr,
+    X_ROWS_ADJACENT: tl.constexpr,
+    WEIGHT_ROWS_ADJACENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    row_block, col_block = grouped(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = product(
+        x, weight, rows, col_block * BLOCK_N + tl.arange(0, BLOCK_N), m, n, k,
+        x_stride_m, x_stride_k, weight_stride_n, weight_stride_k,
+        X_ROWS_ADJACENT, WEIGHT_ROWS_ADJACENT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    sums = None if partial is None else partial + row_block.to(tl.int64) * n
+    _finish_in_parts(
+        acc, preact, up, dz, dup, h, sums, m, n, rows, col_block * BLOCK_N, ACTIVATION, BLOCK_M, BLOCK_N
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish_in_parts(
+    acc, preact, up, dz, dup, h, sums, m, n, rows, first_col,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue in fp32, on 64 columns at a time, as in kernels.linear."""
+    if BLOCK_N > 64:
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        _finish_in_parts(
+            left, preact, up, dz, dup, h, sums, m, n, rows, first_col, ACTIVATION, BLOCK_M, BLOCK_N // 2
+        )  # fmt: skip
+        _finish_in_parts(
+            right, preact, up, dz, dup, h, sums, m, n, rows, first_col + BLOCK_N // 2,
+            ACTIVATION, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+    else:
+        _finish(acc, preact, up, dz, dup, h, sums, m, n, rows, first_col + tl.arange(0, BLOCK_N), ACTIVATION)
+
+
+@triton.jit
+def _finish(acc, preact, up, dz, dup, h, sums, m, n, rows, cols, ACTIVATION: tl.constexpr):
+    mask = (rows < m)[:, None] & (cols < n)[None, :]
+    place = rows.to(tl.int64)[:, None] * n + cols.to(tl.int64)[None, :]
+    z = tl.load(preact + place, mask=mask, other=0.0).to(tl.float32)
+    grad = acc * derivative(z, ACTIVATION)
+    if up is not None:
+        factor = tl.load(up + place, mask=mask, other=0.0).to(tl.float32)
+        active = activate(z, ACTIVATION)
+        grad *= factor
+        tl.store(dup + place, (acc * active).to(dup.dtype.element_ty), mask=mask)
+        if h is not None:
+            tl.store(h + place, (active * factor).to(h.dtype.element_ty), mask=mask)
+    elif h is not None:
+        tl.store(h + place, activate(z, ACTIVATION).to(h.dtype.element_ty), mask=mask)
+    tl.store(dz + place, grad.to(dz.dtype.element_ty), mask=mask)
+    if sums is not None:
+        # Rows past the end hold row 0's product, which must not count.
+        tl.store(sums + cols, tl.sum(tl.where(mask, grad, 0.0), axis=0), mask=cols < n)
+
+
+def mlp_dz(
+    dy: Tensor, w_down: Tensor, preact: Tensor, activation: str, *, bias: bool, need_h: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dz, h, dbias): (dy @ w_down) * act'(preact), act(preact) if `need_h`, and the sum of dz over rows if `bias`.
+
+    dy [M, H] and w_down [H, F] of any strides, preact [M, F] contiguous, of one dtype (bf16, fp16, fp32). Returns new
+    contiguous tensors of that dtype.
+    """
+    dz, _, h, partial = _run(dy, w_down, preact, None, activation, bias, need_h)
+    return dz, h, None if partial is None else partial.sum(0).to(dy.dtype)
+
+
+def gated_mlp_dz(
+    dy: Tensor, w_down: Tensor, gate: Tensor, up: Tensor, activation: str, *, need_h: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dgate, dup, h) with dh = dy @ w_down: dh * up * act'(gate), dh * act(gate), and act(gate) * up if `need_h`.
+
+    Shapes, strides and dtypes as for `mlp_dz`.
+    """
+    return _run(dy, w_down, gate, up, activation, False, need_h)[:3]
+
+
+def _run(
+    dy: Tensor, w_down: Tensor, preact: Tensor, up: Tensor | None, activation: str, bias: bool, need_h: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    dz = torch.empty_like(preact)
+    dup = None if up is None else torch.empty_like(preact)
+    h = torch.empty_like(preact) if need_h else None
+    epilogue = tiles.Epilogue(activation, bias=bias, residual=up is not None, preact=need_h)
+    tile = gemm.choose("mlp_dz", dy, w_down.t(), epilogue)
+    blocks = triton.cdiv(dy.shape[0], tile.block_m)
+    partial = dy.new_empty(blocks, preact.shape[1], dtype=torch.float32) if bias else None
+    if preact.numel() > 0:
+        named = arguments(dy, w_down, preact, up, dz, dup, h, partial, activation, tile)
+        gemm.launch(mlp_dz_kernel, named, tile)
+    return dz, dup, h, partial
+
+
+def arguments(
+    dy: Tensor,
+    w_down: Tensor,
+    preact: Tensor,
+    up: Tensor | None,
+    dz: Tensor,
+    dup: Tensor | None,
+    h: Tensor | None,
+    partial: Tensor | None,
+    activation: str,
+    tile: tiles.Tile,
+) -> dict[str, Any]:
+    """Every argument of `mlp_dz_kernel` by name, as a launch passes them and as aot.compile takes them."""
+    return gemm.operands(dy, w_down.t(), tile) | {
+        "preact": preact, "up": up, "dz": dz, "dup": dup, "h": h, "partial": partial, "ACTIVATION": activation,
+    }  # fmt: skip

@@ -1,0 +1,293 @@
+"""What both losses share: their options, the statistics of logits that come in pieces, the loss and the gradient.
+
+    peak = max z    total = sum exp(z - peak)    lse = peak + log(total)    p = exp(z - peak) / total
+    loss = (1 - a) (lse - z_target) + a (lse - sum(z) / V) + c lse^2
+    d    = g [(1 - a) (p - onehot) + a (p - 1 / V) + 2 c lse p]
+
+a is label_smoothing, c z_loss, V the number of classes, g the upstream gradient of the token. peak and log(total) are
+never added before something is subtracted: at logits of 1e4 their fp32 sum would be wrong in the fourth digit.
+"""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpmp_kernels.ops import backend, checks, groups
+
+REDUCTIONS = ("mean", "sum", "none")
+# The fields of Loss as they stand in a schema.
+SCHEMA = (
+    "int group, SymInt start, SymInt vocab_size, float label_smoothing, float z_loss, float? softcap, "
+    "int ignore_index, str reduction"
+)
+# Elements of a piece of logits whose passes stay in a core's second-level cache: 1 MiB in fp32. Wider rows are cut.
+_TILE, _WIDEST = 1 << 18, 2048
+
+
+@dataclass(frozen=True)
+class Loss:
+    """All of a loss but its tensors. This rank's columns are the ids from `start` on; from vocab_size on, padding."""
+
+    group: int
+    start: int
+    vocab_size: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    ignore_index: int
+    reduction: str
+
+    def classes(self, columns: int) -> int:
+        """How many of this rank's columns are no padding."""
+        return max(0, min(columns, self.vocab_size - self.start))
+
+    def checksum(self, grad_scale: float | None) -> int:
+        """Of what must be the same on all ranks."""
+        options = (self.label_smoothing, self.z_loss, self.softcap, self.ignore_index, grad_scale)
+        return zlib.crc32(repr(options).encode())
+
+
+def arguments(
+    op: str,
+    columns: int,
+    target: Tensor,
+    like: Tensor,
+    group: Any,
+    vocab_start: int | None,
+    vocab_size: int | None,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    ignore_index: int,
+    reduction: str,
+) -> tuple:
+    """The fields of Loss, from the arguments of a public op; `like` is its tensor of features or logits."""
+    checks.tensors(op, target=target)
+    if target.dtype != torch.int64:
+        raise TypeError(f"{op}: target must hold ids as torch.int64, got {target.dtype}; pass target.long()")
+    if target.device != like.device:
+        raise ValueError(f"{op}: target is on {target.device} but the rest on {like.device}; move one of them")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: unknown reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing must be from 0 to 1, got {label_smoothing}; pass 0.1 for a tenth")
+    if not 0.0 <= z_loss < float("inf"):
+        raise ValueError(f"{op}: z_loss must be a finite number from 0 on, got {z_loss}; pass 0.0 for none")
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"{op}: softcap must be a finite number above 0, got {softcap}; pass None for no cap")
+    rank, size = (0, 1) if group is None else (group.rank, group.size)
+    if vocab_size is None and size > 1:
+        raise ValueError(
+            f"{op}: vocab_size is needed on a group of {size} ranks; pass the number of classes, without padding"
+        )
+    start = rank * columns if vocab_start is None else vocab_start
+    vocab_size = columns if vocab_size is None else vocab_size
+    if vocab_size < 1:
+        raise ValueError(f"{op}: vocab_size must be at least 1, got {vocab_size}; pass the number of classes")
+    if size == 1 and (start != 0 or vocab_size > columns):
+        raise ValueError(
+            f"{op}: without other ranks the columns must be the ids from 0 to {vocab_size - 1}, got {columns} from "
+            f"{start} on; pass the whole vocabulary, or the group that holds it"
+        )
+    handle = groups.handle(group)
+    return handle, start, vocab_size, float(label_smoothing), float(z_loss), softcap, ignore_index, reduction
+
+
+def check_target(op: str, target: Tensor, loss: Loss) -> None:
+    """Every id is a class or ignored; not looked at on CUDA, where the answer would take a synchronisation."""
+    if target.is_cuda:
+        return
+    wrong = ((target < 0) | (target >= loss.vocab_size)) & (target != loss.ignore_index)
+    if wrong.any():
+        place = int(wrong.flatten().nonzero()[0])
+        raise ValueError(
+            f"{op}: target must hold ids from 0 to {loss.vocab_size - 1} or ignore_index {loss.ignore_index}, got "
+            f"{int(target.flatten()[place])} for token {place}; mask it with ignore_index"
+        )
+
+
+# ---- statistics
+
+
+class Statistics:
+    """Peak, total, target's logit and sum of the logits of each token, [4, T], added up piece by piece of the row.
+
+    A token whose target is elsewhere has 0 for its target's logit, so that these add up over pieces and ranks.
+    """
+
+    def __init__(self, target: Tensor, dtype: torch.dtype, loss: Loss):
+        self.target, self.dtype, self.loss = target, dtype, loss
+        # A row without any column: the lowest number instead of -inf, from which nothing could be subtracted.
+        empty = torch.zeros(4, target.numel(), dtype=dtype, device=target.device)
+        empty[0] = torch.finfo(dtype).min
+        self.pieces = [empty]
+
+    def add(self, z: Tensor, first: int) -> None:
+        """z [T, C] are the logits of the ids first .. first + C - 1."""
+        if backend.choose(z) == "triton":
+            from tpmp_kernels.kernels import cross_entropy as kernel
+
+            smooth = self.loss.label_smoothing > 0
+            self.pieces.append(kernel.statistics(z, self.target, first, self.loss.softcap, logit_sum=smooth))
+            return
+        for columns, tiles in _tiles(z):
+            self.pieces.append(self._of(z[:, columns], first + columns.start, tiles))
+
+    def _of(self, z: Tensor, first: int, tiles: list[slice]) -> Tensor:
+        found = torch.zeros(4, z.shape[0], dtype=self.dtype, device=z.device)
+        scratch = _scratch(z, tiles, self.dtype)
+        for rows in tiles:
+            work = scratch[: rows.stop - rows.start].copy_(z[rows])
+            _cap_(work, self.loss.softcap, slope=False)
+            peak = found[0, rows] = work.amax(1).clamp_(min=torch.finfo(self.dtype).min)
+            if self.loss.label_smoothing > 0:
+                found[3, rows] = work.sum(1)
+            found[1, rows] = work.sub_(peak.unsqueeze(1)).exp_().sum(1)
+        place, owned = _place(self.target, first, z.shape[1])
+        logit = z.gather(1, place).squeeze(1).to(self.dtype)
+        _cap_(logit, self.loss.softcap, slope=False)
+        found[2] = logit.masked_fill_(~owned, 0)
+        return found
+
+    def local(self) -> Tensor:
+        """Of this rank's columns."""
+        return _combine(torch.stack(self.pieces)) if len(self.pieces) > 1 else self.pieces[0]
+
+    def whole(self, op: str, columns: int, grad_scale: float | None = None) -> Tensor:
+        """Of the columns of all ranks, the same bits on each: adjacent ranks are combined, the odd one moves up."""
+        loss = self.loss
+        layout = (loss.start, columns, loss.vocab_size, loss.checksum(grad_scale))
+        parts = groups.all_gather(op, self.local(), layout, loss.group)
+        while len(parts) > 1:
+            pairs = [_combine(torch.stack(pair)) for pair in zip(parts[::2], parts[1::2], strict=False)]
+            parts = pairs + parts[2 * len(pairs) :]
+        return parts[0]
+
+
+def _combine(parts: Tensor) -> Tensor:
+    """[P, 4, T] -> [4, T]."""
+    peak = parts[:, 0].amax(0)
+    total = (parts[:, 1] * (parts[:, 0] - peak).exp_()).sum(0)
+    return torch.cat([torch.stack([peak, total]), parts[:, 2:].sum(0)])
+
+
+def _tiles(z: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Cuts z [T, C] into pieces of columns, each with its row blocks. On an accelerator each is a launch: one tile."""
+    rows, columns = z.shape
+    tile, widest = (_TILE * torch.get_num_threads(), _WIDEST) if z.device.type == "cpu" else (z.numel(), columns)
+    for left in range(0, columns, max(widest, 1)):
+        width = min(widest, columns - left)
+        height = max(1, tile // width)
+        yield slice(left, left + width), [slice(top, min(top + height, rows)) for top in range(0, rows, height)]
+
+
+def _scratch(z: Tensor, tiles: list[slice], dtype: torch.dtype) -> Tensor:
+    height = max((t.stop - t.start for t in tiles), default=0)
+    return torch.empty(height, z.shape[1], dtype=dtype, device=z.device)
+
+
+def _place(target: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
+    """(place [T, 1] of the target's column, clamped into 0 .. columns - 1, whether it was there [T])."""
+    local = target - first
+    place = local.clamp(0, columns - 1)
+    return place.unsqueeze(1), place == local
+
+
+def _cap_(z: Tensor, softcap: float | None, *, slope: bool = True) -> Tensor | None:
+    """cap tanh(z / cap) over z; its derivative, where it is wanted and is not 1."""
+    if softcap is None:
+        return None
+    z.div_(softcap).tanh_()
+    derivative = z.square().neg_().add_(1) if slope else None
+    z.mul_(softcap)
+    return derivative
+
+
+# ---- loss and gradient
+
+
+def losses(statistics: Tensor, target: Tensor, loss: Loss) -> Tensor:
+    """The loss of each token, [T], from the statistics of its whole row; 0 where the target is ignored."""
+    peak, total, target_logit, logit_sum = statistics
+    log_total, a = total.log(), loss.label_smoothing
+    each = peak - target_logit + log_total
+    if a > 0:
+        each = (1 - a) * each + a * (peak - logit_sum / loss.vocab_size + log_total)
+    if loss.z_loss > 0:
+        each = each + loss.z_loss * (peak + log_total).square()
+    return each.masked_fill(target == loss.ignore_index, 0)
+
+
+def reduced(each: Tensor, target: Tensor, loss: Loss) -> Tensor:
+    """The losses [T] of target [...], reduced: [...] or a scalar. The mean is nan where every token is ignored."""
+    if loss.reduction == "none":
+        return each.view(target.shape)
+    total = each.sum()
+    return total if loss.reduction == "sum" else total / (target != loss.ignore_index).sum()
+
+
+def upstream(dloss: Tensor, target: Tensor, loss: Loss) -> Tensor:
+    """The gradient of each token's loss, [T], from that of the reduced loss."""
+    valid = target != loss.ignore_index
+    g = dloss.reshape(-1)
+    if loss.reduction == "mean":
+        g = g / valid.sum()
+    return torch.where(valid, g, 0)
+
+
+class Gradient:
+    """d of the logits in a piece of the row, for tokens whose loss has the gradient g [T]."""
+
+    def __init__(self, g: Tensor, statistics: Tensor, target: Tensor, loss: Loss):
+        peak, total = statistics[:2]
+        self.g, self.peak, self.total, self.target, self.loss = g, peak, total, target, loss
+        self.lse_term = 2 * loss.z_loss * (peak + total.log())
+        self.scale = g * (1 + self.lse_term) / total
+        self.shift = g * (loss.label_smoothing / loss.vocab_size) if loss.label_smoothing > 0 else None
+
+    def put(self, out: Tensor, z: Tensor, first: int) -> None:
+        """Into out [T, C], which may be z: d of the logits z of the ids first .. first + C - 1, rounded once."""
+        if backend.choose(z) == "triton":
+            from tpmp_kernels.kernels import cross_entropy as kernel
+
+            truth = self.g * (1 - self.loss.label_smoothing)
+            kernel.gradient(
+                z, out, self.target, first, self.peak, self.scale, truth, self.shift, softcap=self.loss.softcap
+            )
+            return
+        place, owned = _place(self.target, first, z.shape[1])
+        true = self._of_true_class(z.gather(1, place).squeeze(1).to(self.peak.dtype))
+        in_place = out.dtype == self.peak.dtype
+        for columns, tiles in _tiles(z):
+            scratch = None if in_place else _scratch(z[:, columns], tiles, self.peak.dtype)
+            for rows in tiles:
+                source, tile = z[rows, columns], out[rows, columns]
+                work = tile if in_place else scratch[: tile.shape[0]]
+                if work.data_ptr() != source.data_ptr():
+                    work.copy_(source)
+                self._overwrite(work, rows)
+                if not in_place:
+                    tile.copy_(work)
+        (rows,) = owned.nonzero(as_tuple=True)
+        out[rows, place[rows, 0]] = true[rows].to(out.dtype)
+
+    def _of_true_class(self, z: Tensor) -> Tensor:
+        """d where the column is the token's target, z [T]: a confident token's p - 1 must be taken before rounding."""
+        a = self.loss.label_smoothing
+        slope = _cap_(z, self.loss.softcap)
+        p = (z - self.peak).exp_() / self.total
+        d = self.g * ((1 - a) * (p - 1) + a * (p - 1 / self.loss.vocab_size) + self.lse_term * p)
+        return d if slope is None else d * slope
+
+    def _overwrite(self, z: Tensor, rows: slice) -> None:
+        """d of any other column, over z [rows, C]."""
+        slope = _cap_(z, self.loss.softcap)
+        z.sub_(self.peak[rows, None]).exp_().mul_(self.scale[rows, None])
+        if self.shift is not None:
+            z.sub_(self.shift[rows, None])
+        if slope is not None:
+            z.mul_(slope)

@@ -1,0 +1,66 @@
+"""Modules that no hook sees, each called by itself: column layers that read one input together, for the most part.
+
+What the code around them computed was compared as one piece. Where that was wrong, this says whether one of them is.
+"""
+
+from collections.abc import Container
+
+import torch
+from torch import Tensor, nn
+
+from tpmp_kernels.prover.judge import Judge
+from tpmp_kernels.prover.sites import Site, of_parameter
+from tpmp_kernels.prover.subject import Part
+from tpmp_kernels.tensor_parallel import RowParallelLinear
+
+
+def alone(part: Part, judge: Judge, called: Container[str], microbatches: int) -> None:
+    """Feed each module with parameters of its own that the reference called, but the parallel step did not, the
+    reference's input and gradient, and compare what it makes of them. Collective."""
+    for stage in part.stages.values():
+        for name, module in stage.module.named_modules():
+            parameters = dict(module.named_parameters(recurse=False))
+            if name in called or name not in judge.reference.called or not parameters:
+                continue
+            judge.modules[name] = module
+            for microbatch in range(microbatches):
+                _call(name, module, parameters, judge, microbatch)
+
+
+def _call(name: str, module: nn.Module, parameters: dict[str, Tensor], judge: Judge, microbatch: int) -> None:
+    whole = judge.reference.tape.get(Site("forward", microbatch, name, 0, "in.0"))
+    if whole is None:
+        return
+    x = _given(module, whole, judge)
+    if x.is_floating_point():
+        x = x.to(next(iter(parameters.values())).dtype).requires_grad_()
+    site = Site("forward", microbatch, name, 0, "out")
+    y = module(x)
+    if not isinstance(y, Tensor) or site not in judge.reference.tape:
+        return
+    judge.seen(site, y.detach())
+    upstream = judge.reference.tape.get(site._replace(pass_="backward"))
+    if site not in judge.checks or upstream is None:
+        return
+    layout = judge.checks[site].layout
+    grad = torch.zeros_like(y)
+    # Ranks that hold the same share the gradient, as the heads that read it would.
+    layout.real(grad).copy_(layout.cut(upstream) * (layout.parts / judge.ranks if layout.dim is not None else 1))
+    y.backward(grad)
+    if x.grad is not None:
+        judge.seen(Site("backward", microbatch, name, 0, "in.0"), x.grad)
+    for slot, parameter in parameters.items():
+        if parameter.grad is not None:
+            full = f"{name}.{slot}" if name else slot
+            if sum(owner == judge.reference.owners.get(full) for owner in judge.reference.owners.values()) == 1:
+                judge.seen(of_parameter("backward", full, microbatch), parameter.grad)
+            parameter.grad = None
+
+
+def _given(module: nn.Module, whole: Tensor, judge: Judge) -> Tensor:
+    """The input as this kind of layer takes it, in memory of its own."""
+    if isinstance(module, RowParallelLinear) and module.input_is_parallel:
+        return whole.chunk(judge.ranks, dim=-1)[judge.rank].clone()
+    if getattr(module, "sequence_parallel", False):
+        return whole.reshape(-1, whole.shape[-1]).chunk(judge.ranks)[judge.rank].clone()
+    return whole.clone()
