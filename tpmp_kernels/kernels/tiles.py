@@ -72,7 +72,7 @@ _ALL_WIDE = tuple(
 # least that WGMMA takes.
 _HALF = (
     _Candidate(Tile(128, 256, 64, 8, 8, 4), 100, spills=_SMOOTH_ALONE + _ALL_WIDE, ragged=False),
-    _Candidate(Tile(128, 128, 64, 8, 8, 4), 108),
+    _Candidate(Tile(128, 128, 64, 8, 8, 4), 108, ragged=False),
     _Candidate(Tile(64, 128, 64, 8, 4, 4), 130, ragged=False),
     _Candidate(Tile(64, 64, 64, 8, 4, 4), 170),
 )
