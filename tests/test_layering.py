@@ -94,7 +94,10 @@ def test_schedule_tools_load_without_torch():
 
 
 # What a GPU machine has; nothing can be installed there.
-GPU_MACHINE = {"torch", "triton", "numpy", "pytest", "tpmp_kernels", "tests", "benchmarks", "bounds", "problems"}
+GPU_MACHINE = {
+    "torch", "triton", "numpy", "pytest", "tpmp_kernels", "tests", "benchmarks",
+    "bounds", "neighbour_bounds", "problems",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

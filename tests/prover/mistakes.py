@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from small_model import MICROBATCHES, Drop, Kinds, Model, Norm, parallel, parallel_loss
+from small_model import MICROBATCHES, Drop, Kinds, Model, Norm, batch, parallel, parallel_loss
 from torch import Tensor, nn
 
 from tpmp_kernels import ops
@@ -13,6 +13,8 @@ from tpmp_kernels.tensor_parallel import (
     Dropout,
     RowParallelLinear,
     VocabParallelEmbedding,
+    column_linears,
+    load_state_dict,
     reduce_partial_gradients,
 )
 
@@ -40,12 +42,6 @@ class ForgetsBackwardReduction(ColumnParallelLinear):
         return ops.linear(x, self.weight, self.bias)
 
 
-class GathersInWrongOrder(ColumnParallelLinear):
-    def forward(self, x: Tensor) -> Tensor:
-        whole = autograd.all_gather(super().forward(x), self.comm, dim=-1, grad="slice", tag="gather")
-        return whole.flip(-1).unflatten(-1, (self.comm.size, -1)).flip(-1)[..., self.comm.rank, :]
-
-
 class OnlyMicrobatch2(RowParallelLinear):
     calls = 0
 
@@ -57,6 +53,13 @@ class OnlyMicrobatch2(RowParallelLinear):
 class OnlyRank1(RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (5.0 if self.comm.rank == 1 else 1.0)
+
+
+class Activates(ColumnParallelLinear):
+    """What no layer of the reference does."""
+
+    def __init__(self, *size, **options):
+        super().__init__(*size, **options, activation="relu")
 
 
 class NormLocalGradient(Norm):
@@ -112,6 +115,23 @@ def without_a_layer(module: nn.Module, comm, *, stage: int, stages: int) -> nn.M
     return made
 
 
+class GivesTheOther(Model):
+    """A stage that hands on, for each of two microbatches, the other one: after a bug in a schedule's buffers."""
+
+    def __init__(self, kinds, layers):
+        super().__init__(kinds, layers)
+        self.tokens = batch()[0].chunk(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.embed is not None:
+            x = self.tokens[1] if torch.equal(x, self.tokens[0]) else self.tokens[0]
+        return super().forward(x)
+
+
+def swapped_microbatches(module: nn.Module, comm, **stage) -> nn.Module:
+    return parallel(module, comm, kind=GivesTheOther, **stage)
+
+
 def local_mean(logits_shard_n: Tensor, target: Tensor, comm) -> Tensor:
     """Each rank takes the mean over its own tokens; the means are added."""
     logits = autograd.all_gather(logits_shard_n, comm, dim=-1, tag="logits").flatten(0, 1)
@@ -134,6 +154,41 @@ def scaled_twice(logits_shard_n: Tensor, target: Tensor, comm) -> Tensor:
     return _ScaledGradient.apply(parallel_loss(logits_shard_n, target, comm))
 
 
+class Fresh(Model):
+    """Its biases are zeros, as in many a fresh model."""
+
+    def __init__(self, kinds: Kinds | None = None, layers: range = range(2)):
+        super().__init__(kinds, layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+
+class Shared(nn.Module):
+    """The columns of k are the same on all ranks, of which each reads its half; they are called by column_linears."""
+
+    def __init__(self, comm=None):
+        super().__init__()
+        self.comm = comm
+        if comm is None:
+            self.k, self.end = nn.Linear(8, 4), nn.Linear(4, 8)
+        else:
+            self.k = ColumnParallelLinear(8, 4, comm, bias=True, replicas=comm.size)
+            self.end = ReducesTwice(4, 8, comm, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.comm is None:
+            return self.end(self.k(x))
+        (y,) = column_linears(x, [self.k])
+        return self.end(y.chunk(self.comm.size, -1)[self.comm.rank])
+
+
+def shared(module: nn.Module, comm) -> nn.Module:
+    made = Shared(comm).to(next(module.parameters()).dtype)
+    load_state_dict(made, module.state_dict(), comm)
+    return made
+
+
 class Tied(Model):
     """The head's weight is the embedding's."""
 
@@ -152,6 +207,14 @@ def add_copies(module: nn.Module, comm) -> None:
     reduce_partial_gradients(module, comm)
     module.embed.weight.grad += module.head.weight.grad
     module.head.weight.grad = None
+
+
+class ForgetsMicrobatches(Norm):
+    """Throws away what earlier microbatches have added to its gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.grad = None
+        return super().forward(x)
 
 
 class Drifts(torch.optim.SGD):

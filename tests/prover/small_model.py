@@ -13,6 +13,7 @@ from tpmp_kernels.tensor_parallel import (
     DropoutKey,
     RowParallelLinear,
     VocabParallelEmbedding,
+    column_linears,
     load_state_dict,
     vocab_parallel_cross_entropy,
 )
@@ -88,17 +89,28 @@ class Drop(nn.Module):
         return self.drop(x, self.key())
 
 
+class Quiet(nn.Identity):
+    """In place of dropout."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+
 class Attention(nn.Module):
     def __init__(self, kinds: Kinds):
         super().__init__()
         self.q, self.k, self.v = (kinds.column(name, HIDDEN, HIDDEN) for name in ("q", "k", "v"))
         self.out = kinds.row("out", HIDDEN, HIDDEN)
+        self.together = "together" in kinds.wrong
+
+    def projections(self, x: Tensor):
+        if self.together:  # then no hook of theirs sees them
+            return column_linears(x, [self.q, self.k, self.v])
+        return self.q(x), self.k(x), self.v(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = (
-            y.view(-1, SEQUENCE, y.shape[-1] * HEADS // HIDDEN, HIDDEN // HEADS).transpose(1, 2)
-            for y in (self.q(x), self.k(x), self.v(x))
-        )
+        size = HIDDEN // HEADS
+        heads = (y.view(-1, SEQUENCE, y.shape[-1] // size, size).transpose(1, 2) for y in self.projections(x))
         y = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
         return self.out(y if x.dim() == 3 else y.flatten(0, 1))
 
@@ -140,6 +152,13 @@ class Model(nn.Module):
         for layer in self.layers.values():
             x = layer(x)
         return x if self.head is None else self.head(self.norm(x))
+
+
+class Plain(Model):
+    """Without dropout."""
+
+    def __init__(self, kinds: Kinds | None = None, layers: range = range(LAYERS)):
+        super().__init__(kinds or Kinds(dropout=Quiet), layers)
 
 
 def parallel(module: nn.Module, comm, *, stage: int = 0, stages: int = 1, kind=Model, **wrong) -> nn.Module:

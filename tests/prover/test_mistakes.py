@@ -4,8 +4,10 @@ from functools import partial
 
 import mistakes
 import pytest
+import torch
 from mistakes import Tied
 from small_model import STEP, Model, batch, loss, parallel, parallel_loss, sequence_parallel
+from test_right import regression
 
 from tpmp_kernels import verify
 
@@ -75,10 +77,30 @@ CASES = {
         ("layers.0.mlp.down", "forward", 2, "scale"),
         "times 3/2",
     ),
+    "bias added on every rank, where it is zero at first": (
+        {"model_fn": mistakes.Fresh, "plan": partial(parallel, down=mistakes.AddsBiasOnEveryRank)},
+        ("layers.0.mlp.down", "forward", 0, "scale"),
+        "the bias is added 2 times",
+    ),
     "on one rank alone": (
         {"plan": partial(parallel, out=mistakes.OnlyRank1)},
         ("layers.0.attention.out", "forward", 0, "scale"),
         "it equals the reference times 5 (on tp rank 1 alone)",
+    ),
+    "in a layer that no hook sees": (
+        {"plan": partial(parallel, k=mistakes.Activates, together=True)},
+        ("layers.0.attention.k", "forward", 0, "values"),
+        "% of the elements on tp rank",
+    ),
+    "the last microbatch alone is trained": (
+        {"plan": partial(parallel, norm=mistakes.ForgetsMicrobatches), "microbatches": 2},
+        ("layers.0.norm1", "gradients", None, "microbatch"),
+        "it is the gradient of microbatch 1 alone: others are overwritten, not added",
+    ),
+    "microbatches swapped on their way": (
+        {"plan": mistakes.swapped_microbatches, "tp": 1, "pp": 2, "microbatches": 2},
+        ("model", "forward", 0, "microbatch"),
+        "in what embed is given: it is the reference's of microbatch 1",
     ),
     "a replica drifts": (
         {"plan": parallel, "optimizer": mistakes.Drifts},
@@ -86,7 +108,7 @@ CASES = {
         "norm.weight, replicas: behind the step tp rank 1 and the first rank that holds the same differ in their bits",
     ),
     "a layer is left out": (
-        {"plan": mistakes.without_a_layer, "pp": 2},
+        {"plan": mistakes.without_a_layer, "tp": 1, "pp": 2},
         ("layers.1.norm1", "weights", None, "missing"),
         "layers.1.norm1.weight and 13 more parameters, weights: no rank holds what the reference has",
     ),
@@ -96,6 +118,33 @@ CASES = {
 def proof(ranks, *, tp=2, pp=1, **arguments):
     given = {"model_fn": Model, "batch": batch(), "loss": loss, "parallel_loss": parallel_loss, **STEP, **arguments}
     return verify(**given, tp=tp, pp=pp, pool=ranks(tp * pp))
+
+
+def test_each_mistake_is_seen_by_itself(ranks):
+    """Not what follows from it: of all that is compared behind it, nothing else is told."""
+    report = proof(ranks, plan=partial(parallel, down=mistakes.ForgetsReduction, out=mistakes.ReducesTwice))
+    kinds = {(each.module, each.pass_, each.kind) for each in report.differences}
+    parts = [(f"layers.{i}.{name}", "forward", kind) for i in "01" for name, kind in MISTAKEN]
+    assert kinds == set(parts) and len(report.differences) == len(parts) * STEP["microbatches"], report
+    assert str(report).count("\n  and the same in microbatches 1, 2\n") == 1
+    assert str(report).count("\n  then: ") == len(parts) - 1
+
+
+MISTAKEN = [("attention.out", "scale"), ("mlp.down", "partial")]
+
+
+def test_layers_that_share_columns_are_right_by_themselves(ranks):
+    report = verify(mistakes.Shared, regression(), mistakes.shared, microbatches=2, pool=ranks(2))
+    assert {(each.module, each.pass_) for each in report.differences} == {("end", "forward")}, report
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("case", [name for name in CASES if "pp" not in CASES[name][0]])
+def test_a_planted_mistake_is_named_in_fp32_too(ranks, case, tp):
+    arguments, expected, _ = CASES[case]
+    first = proof(ranks, **arguments, tp=tp, dtype=torch.float32).first
+    assert (first.module, first.pass_, first.microbatch, first.kind) == expected
 
 
 @pytest.mark.parametrize("case", CASES)

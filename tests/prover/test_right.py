@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_model import STEP, Model, batch, loss, parallel, parallel_loss, sequence_parallel
+from small_model import Model, Plain, batch, loss, parallel, parallel_loss, sequence_parallel
 from torch import nn
 
 from tpmp_kernels import verify
@@ -28,6 +28,7 @@ def test_a_right_model_is_equal(ranks, tp, pp, dtype):
     # Not by looking away: every result, every gradient and every parameter of 2 layers is compared.
     compared = {(row.run, row.pass_): row.checks for row in report.rows}
     assert compared["replay", "forward"] >= 180 and compared["replay", "backward"] >= 260
+    assert compared.get(("step", "replicas"), 0) == (0 if tp == 1 else 9)  # norms, and biases of row layers
     assert compared["step", "gradients"] == compared["replay", "update"] == compared["step", "weights"] == 31
 
 
@@ -62,15 +63,54 @@ def test_a_table_that_parallelize_takes(ranks):
     check(ranks, 2, 1, torch.float32, plan=TABLE, parallel_loss=None)
 
 
+SEQUENCE_TABLE = {
+    **TABLE,
+    "embed": "vocab_reduce_scatter",
+    "layers.*.norm[12]": "activation",
+    "layers.*.attention": "module_allgather",
+    "layers.*.attention.out": "rowwise_reduce_scatter",
+    "layers.*.mlp": "module_allgather",
+    "layers.*.mlp.down": "rowwise_reduce_scatter",
+    "norm": "module_allgather",
+}
+
+
+def test_a_table_whose_styles_change_layouts_in_hooks(ranks):
+    check(ranks, 2, 1, torch.float64, model_fn=Plain, plan=SEQUENCE_TABLE, parallel_loss=None)
+
+
+def test_adamw_makes_a_full_step_of_a_gradient_that_is_noise(ranks):
+    """That of the keys' bias: what it is in fp32 decides about the update, and neither is wrong."""
+    check(ranks, 2, 1, torch.float32, optimizer=partial(torch.optim.AdamW, lr=0.1, eps=1e-12))
+
+
 class Stock(nn.Module):
-    """With torch's own dropout, on what every rank holds whole."""
+    """With torch's own dropout, on what every rank holds whole. half: of a pipeline of two stages."""
+
+    half = None
 
     def __init__(self, width: int = 12):
         super().__init__()
-        self.up, self.act, self.down, self.drop = nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 8), nn.Dropout(0.5)
+        self.up, self.act, self.down = nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 8)
+        self.drop0, self.drop1 = nn.Dropout(0.5), nn.Dropout(0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.down(self.act(self.up(self.drop(x)))))
+        if self.half != 1:
+            x = self.act(self.up(self.drop0(x)))
+        return x if self.half == 0 else self.drop1(self.act(self.down(x)))
+
+
+def halved(module: Stock, comm, *, stage: int, stages: int) -> Stock:
+    module.half = stage
+    setattr(module, "up" if stage else "down", None)
+    return module
+
+
+def test_stock_dropout_in_the_stages_of_a_pipeline(ranks):
+    """Stages draw by themselves, and microbatches in another order. What both of them call is not told apart."""
+    report = verify(Stock, regression(), halved, tp=1, pp=2, microbatches=4, pool=ranks(2))
+    assert report.equal, report
+    assert [each for each in report.notes if each.startswith("act: ")]
 
 
 def regression() -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,6 +141,3 @@ class OffBy(nn.Linear):
 def off_by(by: float, module: nn.Module, comm) -> nn.Module:
     module.down.__class__, module.down.by = OffBy, by
     return module
-
-
-assert STEP["microbatches"] == 3

@@ -10,8 +10,9 @@
     steps.py      the parallel step, once as it is and once replayed module by module on the reference's tensors
     judge.py      one rank's comparisons: its tensor against its part (layouts.py) of the tape's
     replay.py     modules that no hook sees, each called by itself
-    verdict.py    what all ranks found, brought together; diagnose.py: which mistake a difference looks like
-    report.py     rows, the first difference, the table;  rank.py: what every rank runs
+    findings.py   what the ranks of a stage found; diagnose.py: which mistake a difference looks like
+    verdict.py    what all found, as a report.py: rows, the first difference, the table
+    prove.py      all of it in order;  rank.py: what every rank of the command runs
 
 Nothing is imported here, so that a command line can be refused before torch is loaded.
 """

@@ -27,8 +27,8 @@ GROWTH = 256
 
 @dataclass
 class Bounds:
-    """size: the largest value on the tape; noise: as above, in units of nothing. travelled: of parameters behind the
-    optimizer in the step as it is."""
+    """terms: n. size: the largest value on the tape. travelled: the bounds of parameters behind the optimizer in the
+    step as it is."""
 
     dtype: torch.dtype
     terms: int
@@ -48,6 +48,7 @@ class Bounds:
         return self.travelled[site] if site in self.travelled else GROWTH * self.replay(site)
 
     def alias(self, site: Site, other: Site) -> None:
+        """Let `site` have what `other` has."""
         for table in (self.noise, self.size, self.travelled):
             if other in table:
                 table[site] = table[other]
@@ -67,9 +68,7 @@ class Noise:
 
     def seen(self, site: Site, x: Tensor) -> Tensor | None:
         whole = self.tape.get(site)
-        if whole is None or whole.shape != x.shape:
-            return None
-        if not whole.is_floating_point():
+        if whole is None or whole.shape != x.shape or not whole.is_floating_point():
             return None
         off = (x.detach().double() - whole).abs_()
         self.bounds.noise[site] = float(off[off.isfinite()].max()) if off.isfinite().any() else 0.0

@@ -107,7 +107,8 @@ class Demo(Subject):
 
     def part(self, where: Layout) -> Part:
         trainer = Trainer(self.config, where, self._corpus)
-        for name, parameter in trainer.model.named_parameters():
+        stages = trainer.runtime.stages
+        for name, parameter in (each for stage in stages.values() for each in stage.module.named_parameters()):
             shape = self._shapes[name]
             layout = layout_of(
                 parameter.shape, shape, where.tp.rank, where.tp.size, padded=hasattr(parameter, "tp_unpadded")
@@ -123,7 +124,7 @@ class Demo(Subject):
             trainer.optimizer.step = watched
             trainer.step(0)
 
-        return Part(trainer.runtime.stages, len(trainer.runtime.schedule.placement) - 1, step)
+        return Part(stages, len(trainer.runtime.schedule.placement) - 1, step)
 
     @cached_property
     def _corpus(self) -> Corpus:

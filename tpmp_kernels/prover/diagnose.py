@@ -3,7 +3,7 @@ reference. Every test is an equality within the site's bound, so that a name is 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,15 +48,18 @@ class Case:
         return [r for r in range(self.ranks) if not self.close(self.locals[r], self.part(r))]
 
 
-def diagnose(case: Case) -> tuple[str, str]:
-    """(kind, words) of a difference."""
+Test = Callable[["Case", list[int]], tuple[str, str] | None]
+
+
+def diagnose(case: Case, tests: Sequence[Test]) -> tuple[str, str]:
+    """(kind, words) of a difference. tests: those of EVERY that are to be tried."""
     if all(local is None for local in case.locals):
         return "missing", "there is none on any rank, but the reference has one"
     if any(local is None for local in case.locals):
         absent = [r for r, local in enumerate(case.locals) if local is None]
         return "missing", f"there is none on {_ranks(absent, case)}, but the reference has one"
     wrong = case.wrong()
-    for test in (_nonfinite, _partial, _stale, _loss, _scale, _shard, _token_offset, _microbatch, _rng):
+    for test in tests:
         found = test(case, wrong) or (test in (_partial, _scale) and _without_bias(case, test, wrong))
         if found:
             kind, words = found
@@ -73,6 +76,9 @@ def _without_bias(case: Case, test: Callable, wrong: list[int]):
     if case.whole.shape[-1:] != bias.shape:
         return None
     added = bias.expand(case.whole.shape)
+    for times in range(2, case.ranks + 2):
+        if all(case.close(case.locals[r], case.part(r) + (times - 1) * case.part(r, added), times) for r in wrong):
+            return "scale", f"the bias is added {times} times: in front of a reduction every rank adds it"
     stripped = [own - case.part(r, added) for r, own in enumerate(case.locals)]
     found = test(replace(case, locals=stripped, whole=case.whole - added), wrong)
     return found and (found[0], f"but for the bias, {found[1]}")
@@ -290,24 +296,25 @@ def _accumulated(case: Case, wrong: list[int]):
     each = [case.fetch(case.site._replace(pass_="backward", microbatch=m)) for m in range(case.microbatches)]
     if case.microbatches == 1 or any(grad is None for grad in each):
         return None
-    for m, grad in enumerate(each):
-        if all(case.close(case.locals[r], case.part(r, grad)) for r in wrong):
-            return "microbatch", f"it is the gradient of microbatch {m} alone: the others are overwritten, not added"
-        if all(case.close(case.locals[r], case.part(r, case.whole - grad)) for r in wrong):
-            return "microbatch", f"the gradient of microbatch {m} is missing in it"
-        if all(case.close(case.locals[r], case.part(r, case.whole + grad)) for r in wrong):
-            return "microbatch", f"the gradient of microbatch {m} is in it twice"
+    tries = [(grad, "it is the gradient of microbatch {} alone: others are overwritten, not added") for grad in each]
+    tries += [(case.whole - grad, "the gradient of microbatch {} is missing in it") for grad in each]
+    tries += [(case.whole + grad, "the gradient of microbatch {} is in it twice") for grad in each]
+    for number, (made, words) in enumerate(tries):
+        if all(case.close(case.locals[r], case.part(r, made)) for r in wrong):
+            return "microbatch", words.format(number % case.microbatches)
     return None
 
 
 def _rng(case: Case, wrong: list[int]):
-    """Equal wherever neither is zero, and enough of both."""
+    """Equal wherever neither is zero, while each is zero where the other is not (an activation would do one alone)."""
     for r in wrong:
         own, part = case.locals[r].double(), case.part(r).double()
         if own.numel() < 8 or own.shape != part.shape:
             return None
-        both, either = (own != 0) & (part != 0), (own != 0) ^ (part != 0)
-        if not both.any() or not case.close(own[both], part[both]) or int(either.sum()) * 50 < own.numel():
+        both, dropped, kept = (own != 0) & (part != 0), (own == 0) & (part != 0), (own != 0) & (part == 0)
+        if not (both.any() and case.close(own[both], part[both])):
+            return None
+        if min(int(dropped.sum()), int(kept.sum())) * 50 < own.numel():
             return None
     return "rng", (
         "it equals the reference up to a mask: the mask of a dropout is not this rank's part of the whole's (see "
@@ -320,7 +327,7 @@ def _replica(case: Case, wrong: list[int]):
     same = [(a, b) for a in right for b in wrong if case.layouts[a].block == case.layouts[b].block]
     if not same:
         return None
-    return "replica", f"{_ranks(wrong, case)} should hold what {_ranks(right, case)} hold; {_worst(case, wrong)}"
+    return "replica", f"{_ranks(wrong, case)} should hold the same as {_ranks(right, case)}; {_worst(case, wrong)}"
 
 
 def _worst(case: Case, wrong: list[int]) -> str:
@@ -345,3 +352,7 @@ def _ranks(ranks: list[int], case: Case) -> str:
     if len(ranks) == case.ranks:
         return "all tp ranks" if case.ranks > 1 else "this rank"
     return f"tp rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+SUMMANDS = (_partial,)
+EVERY = (_nonfinite, _partial, _stale, _loss, _scale, _shard, _token_offset, _microbatch, _rng)

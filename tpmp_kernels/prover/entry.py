@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+import signal
 from collections.abc import Callable, Iterable
 
 import torch
@@ -17,7 +18,7 @@ from tpmp_kernels.prover.report import Report
 from tpmp_kernels.prover.user import UserModule, adamw, mean_loss
 from tpmp_kernels.tensor_parallel import reduce_partial_gradients
 from tpmp_kernels.tensor_parallel.plans import Plan
-from tpmp_kernels.testing import RankPool
+from tpmp_kernels.testing import Outcome, RankPool
 from tpmp_kernels.training.launch import RankFailed, given_rank, rank_environment
 
 
@@ -131,9 +132,25 @@ def _on_ranks(pool: RankPool, subject: UserModule) -> Report:
     failed = [(rank, outcome) for rank, outcome in enumerate(outcomes) if outcome.error or outcome.exitcode is not None]
     if not failed:
         return outcomes[0].value
-    # An error of communication is nearly always the echo of another rank's end.
-    rank, first = min(failed, key=lambda each: isinstance(each[1].error, TransportError))
+    rank, first = min(failed, key=lambda each: _echoes(each[1]))
     if isinstance(first.error, ValueError | TypeError):
+        first.error.add_note(f"on rank {rank}:\n{first.traceback}")
         raise first.error
-    how = f"failed with {type(first.error).__name__}: {first.error}" if first.error else f"ended ({first.exitcode})"
-    raise RankFailed(f"verify: rank {rank} of {pool.size} {how}\n{first.traceback}", first.traceback)
+    raise RankFailed(f"verify: rank {rank} of {pool.size} {_ended(first)}", first.traceback)
+
+
+def _echoes(outcome: Outcome) -> int:
+    """How likely a rank's end is the echo of another's: it died, it raised, it lost a peer, it waited for one."""
+    if outcome.error is None:
+        return 3 if outcome.traceback else 0
+    return 2 if isinstance(outcome.error, TransportError) or "gloo" in str(outcome.error) else 1
+
+
+def _ended(outcome: Outcome) -> str:
+    if outcome.error is not None:
+        return f"failed with {type(outcome.error).__name__}: {outcome.error}\n{outcome.traceback}"
+    if outcome.traceback:
+        return f"was {outcome.traceback}"
+    if outcome.exitcode is not None and outcome.exitcode < 0:
+        return f"was killed by {signal.Signals(-outcome.exitcode).name}"
+    return f"ended with exit code {outcome.exitcode}"

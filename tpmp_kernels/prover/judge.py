@@ -34,8 +34,9 @@ class Judge:
     meant: None where it is not known yet which partial sums are meant to be: then a tensor that is wrong stays, so that
     it is right again behind the reduction where there is one. Otherwise those sites, of any microbatch, and all other
     tensors are replaced, so that no mistake is seen but where it is made.
-    modules: of this rank, by name. checks: what was compared; wrong: what this rank had where that was not its part of
-    the tape, None where it had nothing; shapes: of tensors that are no part, (this rank's, the tape's).
+    unclear: modules of which it cannot be told which call is which. modules: of this rank, by name. checks: what was
+    compared. wrong: what this rank had where that was not its part of the tape, None where it had nothing. shapes: of
+    tensors that are no part, (this rank's, the tape's).
     """
 
     reference: Reference
@@ -43,6 +44,7 @@ class Judge:
     rank: int
     ranks: int
     meant: frozenset[Site] | None = None
+    unclear: frozenset[str] = frozenset()
     modules: dict[str, nn.Module] = field(default_factory=dict)
     checks: dict[Site, Check] = field(default_factory=dict)
     wrong: dict[Site, Tensor | None] = field(default_factory=dict)
@@ -50,14 +52,14 @@ class Judge:
 
     def seen(self, site: Site, x: Tensor) -> Tensor | None:
         whole = self.reference.tape.get(site)
-        if whole is None:
+        if whole is None or x.is_complex() or (site.module in self.unclear and site.parameter is None):
             return None
         layout = layout_of(x.shape, whole.shape, self.rank, self.ranks, padded=self._padded(site))
         if layout is None or x.is_floating_point() != whole.is_floating_point():
             self.shapes[site] = (tuple(x.shape), tuple(whole.shape))
             return None
         part = layout.cut(whole)
-        check = Check(_error(layout.real(x), part), self._bound(site), layout)
+        check = Check(_error(layout.real(x), part), self.bound(site), layout)
         self.checks[site] = check
         if not check.right:
             self.wrong[site] = x.detach().cpu().clone()
@@ -67,7 +69,7 @@ class Judge:
 
     def missing(self, site: Site) -> None:
         """There is no such tensor, but the reference has one."""
-        self.checks[site] = Check(float("inf"), self._bound(site), None)
+        self.checks[site] = Check(float("inf"), self.bound(site), None)
         self.wrong[site] = None
 
     def local(self, site: Site) -> Tensor | None:
@@ -79,11 +81,14 @@ class Judge:
             return check.layout.real(self.wrong[site])
         return check.layout.cut(self.reference.tape.get(site)).clone()
 
+    def layout(self, site: Site) -> Layout | None:
+        return self.checks[site].layout if site in self.checks else None
+
     def blocks(self) -> dict[str, int]:
         """Of each parameter, the number of the part that this rank holds."""
         return {s.parameter: c.layout.block for s, c in self.checks.items() if s.pass_ == "weights"}
 
-    def _bound(self, site: Site) -> float:
+    def bound(self, site: Site) -> float:
         bounds = self.reference.bounds
         return bounds.replay(site) if self.run == "replay" else bounds.step(site)
 

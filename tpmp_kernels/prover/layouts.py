@@ -4,7 +4,7 @@
 | -------------------------------------------- | --------------------------------------------------------------- |
 | [B, S, H]                                    | whole                                                           |
 | one dimension shorter, by R                  | shard of it; by a divisor of R, neighbouring ranks hold the same |
-| one dimension shorter, but R of it are more  | shard of it, with padding at the end of the whole               |
+| one dimension shorter, R of it a bit more    | shard of it, with padding at the end of the whole               |
 | [B S, H], [B S/R, H], [B S, H/R]             | the same, with tokens flattened                                 |
 """
 
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_PADDED = 8  # of a dimension, one in so many at the end may be padding where nothing says that there is some
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def _shard(local: tuple, whole: tuple, dim: int, rank: int, ranks: int, padded: 
     chunk = -(-all_ // ranks)
     if part == max(0, min(chunk, all_ - rank * chunk)):  # torch.chunk's: the last ones shorter
         return Layout(whole, dim, min(all_, rank * chunk), part, rank, ranks)
-    if part * ranks >= all_:
+    if 0 <= part * ranks - all_ <= (part * ranks if padded else all_ // _PADDED):
         start = min(all_, rank * part)
         return Layout(whole, dim, start, min(part, all_ - start), rank, ranks)
     return None

@@ -2,10 +2,13 @@
 
 import argparse
 import re
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from tpmp_kernels.bench.parsing import Parser
+from tpmp_kernels.errors import UsageError
 from tpmp_kernels.training.config import Config, ParallelConfig, TrainingConfig, load
 from tpmp_kernels.training.config_check import check, schedule_names
 
@@ -52,7 +55,23 @@ def parse(argv: list[str]) -> Config:
     if options.quick:
         config = _sized(config, config.parallel.microbatches, min(32, config.data.sequence))
     check(config)
+    _check_room(config)
     return config
+
+
+def _check_room(config: Config) -> None:
+    """Refuse what would fill the folder of temporary files, where the reference's tensors go."""
+    model, tokens = config.model, config.training.batch * config.data.sequence
+    values = tokens * (model.layers * (10 * model.hidden + 4 * model.ffn) + 2 * model.vocab_size)
+    parameters = model.layers * model.hidden * (4 * model.hidden + 3 * model.ffn) + 2 * model.vocab_size * model.hidden
+    needed = 16 * values + 8 * parameters * (config.parallel.microbatches + 3)
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UsageError(
+            f"the reference's tensors take about {needed / 2**30:.3g} GiB in {folder}, which has {free / 2**30:.3g} "
+            "free; use fewer microbatches, a smaller model, --quick, or set TMPDIR"
+        )
 
 
 def _sized(config: Config, batch: int, sequence: int) -> Config:

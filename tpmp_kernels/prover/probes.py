@@ -76,7 +76,7 @@ class Probes:
         skip = 1 if slot == "in" else 0
 
         def show(path: tuple, leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
+            if not isinstance(leaf, Tensor) or leaf.is_complex():
                 return leaf
             words = [slot, *(str(getattr(key, "idx", getattr(key, "key", key))) for key in path[skip:])]
             return self.show(Site("forward", self.microbatch, name, call, ".".join(words)), leaf)

@@ -1,13 +1,16 @@
 """The proof, on every rank: the reference, the step as it is, the replay, and what they say together."""
 
+from collections.abc import Collection
+
 import torch
 
-from tpmp_kernels.prover import reference, replay, steps, verdict
+from tpmp_kernels.prover import findings, reference, replay, steps, verdict
+from tpmp_kernels.prover.diagnose import EVERY, SUMMANDS
+from tpmp_kernels.prover.findings import StageFindings
 from tpmp_kernels.prover.judge import Judge
 from tpmp_kernels.prover.reference import Reference
 from tpmp_kernels.prover.report import Report
 from tpmp_kernels.prover.subject import Subject
-from tpmp_kernels.prover.verdict import StageFindings
 from tpmp_kernels.tensor_parallel import close_communicators
 from tpmp_kernels.training.config import Config, ParallelConfig, TrainingConfig
 from tpmp_kernels.training.launch import progress
@@ -35,35 +38,39 @@ def prove(subject: Subject) -> Report:
 
 
 def _compare(subject: Subject, where: Layout, recorded: Reference) -> StageFindings:
-    def judge(run: str, **known) -> Judge:
+    def judge(run: str, **known) -> Judge:  # known: what an earlier run told
         return Judge(recorded, run, where.tp.rank, where.tp.size, **known)
 
     progress("in the parallel step")
     part, step = subject.part(where), judge("step")
-    found = StageFindings(parameters=frozenset(part.parameters()))
+    unclear = step.unclear = steps.unclear(part, recorded)
+    found = StageFindings(parameters=frozenset(part.parameters()), unclear=unclear)
     steps.weights(part, step)
-    verdict.gather(found, [step], subject, where)
-    if _differ(found, where):
+    if _any(step.wrong or step.shapes, where):
+        findings.add(found, step, subject, where)
         return found
     called = steps.run(part, step, subject.seed)
     found.drift = steps.replicas(part, where, step.blocks())
 
     progress("in the replay")
-    replayed = judge("replay")
+    replayed = judge("replay", unclear=unclear)
     found.called = called | steps.run(subject.part(where), replayed, subject.seed)
-    verdict.gather(found, [step, replayed], subject, where)
-    if _differ(found, where):
-        isolated, alone = judge("replay", meant=found.meant), judge("replay", meant=found.meant)
-        part = subject.part(where)
+    findings.add(found, replayed, subject, where, tests=SUMMANDS)
+    if _any(found.findings, where):
+        # Again, now that it is known which partial sums are meant to be, so that each mistake is seen by itself.
+        found.forget("replay")
+        known = {"unclear": unclear, "meant": found.meant}
+        part, isolated, alone = subject.part(where), judge("replay", **known), judge("replay", **known)
         steps.run(part, isolated, subject.seed)
         found.drift = steps.replicas(part, where, step.blocks())
         replay.alone(subject.part(where), alone, found.called, subject.microbatches)
-        found.forget("replay")
-        verdict.gather(found, [isolated, alone], subject, where)
+        findings.add(found, isolated, subject, where)
+        findings.add(found, alone, subject, where)
+    step_alone = _any(step.wrong, where) and not _any(found.findings, where)
+    findings.add(found, step, subject, where, tests=EVERY if step_alone else None)
     return found
 
 
-def _differ(found: StageFindings, where: Layout) -> bool:
-    """Whether any rank has a finding. Collective over all ranks."""
-    count = torch.tensor([len(found.findings) + len(found.shapes_of("weights"))])
-    return bool(where.world.all_reduce(count, "max", tag="differences") > 0)
+def _any(mine: Collection, where: Layout) -> bool:
+    """Whether any rank has some. Collective over all ranks."""
+    return bool(where.world.all_reduce(torch.tensor([len(mine)]), "max", tag="differences") > 0)

@@ -3,6 +3,7 @@
 import math
 import os
 import socket
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,11 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tpmp_kernels.prover.bounds import FACTOR, Bounds, Noise
+from tpmp_kernels.prover.bounds import Bounds, Noise
 from tpmp_kernels.prover.probes import Observer, Probes
 from tpmp_kernels.prover.sites import LOSS, OPTIMIZER, PASSES, WHOLE_STEP, Site, of_parameter
 from tpmp_kernels.prover.subject import Subject, Whole
 from tpmp_kernels.prover.tape import Tape, can_be_shared
+
+_WAYS = 4  # gradients are moved one way each, of which another may move an update further
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Reference:
         if site.pass_ == "backward" and site.parameter is not None:  # recorded when all were there
             order = self._left.get((site.microbatch, site.module), order) + 0.5
         return PASSES.index(site.pass_), site.microbatch, order
+
+    @cached_property
+    def uses(self) -> Counter[str]:
+        """How many names the parameter of that first name has."""
+        return Counter(self.owners.values())
 
     @cached_property
     def _left(self) -> dict[tuple[int, str], int]:
@@ -126,7 +134,7 @@ def _travelled(whole: Whole, noise: Noise) -> None:
     for name, parameter in whole.module.named_parameters():
         site = of_parameter("update", name)
         moved = float((parameter - tape.get(site)).abs().max()) if parameter.numel() else 0.0
-        bounds.travelled[site] = FACTOR * moved + bounds.replay(site)
+        bounds.travelled[site] = _WAYS * moved + bounds.replay(site)
 
 
 def _name_again(name: str, owner: str, tape: Tape, bounds: Bounds) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tpmp_kernels.prover.judge import Judge
 from tpmp_kernels.prover.sites import Site, of_parameter
 from tpmp_kernels.prover.subject import Part
-from tpmp_kernels.tensor_parallel import RowParallelLinear
+from tpmp_kernels.tensor_parallel import RowParallelLinear, replicas_of
 
 
 def alone(part: Part, judge: Judge, called: Container[str], microbatches: int) -> None:
@@ -44,17 +44,22 @@ def _call(name: str, module: nn.Module, parameters: dict[str, Tensor], judge: Ju
         return
     layout = judge.checks[site].layout
     grad = torch.zeros_like(y)
-    # Ranks that hold the same share the gradient, as the heads that read it would.
-    layout.real(grad).copy_(layout.cut(upstream) * (layout.parts / judge.ranks if layout.dim is not None else 1))
+    layout.real(grad).copy_(layout.cut(upstream) * _share(max(map(replicas_of, parameters.values())), judge.rank))
     y.backward(grad)
     if x.grad is not None:
         judge.seen(Site("backward", microbatch, name, 0, "in.0"), x.grad)
     for slot, parameter in parameters.items():
         if parameter.grad is not None:
             full = f"{name}.{slot}" if name else slot
-            if sum(owner == judge.reference.owners.get(full) for owner in judge.reference.owners.values()) == 1:
+            if judge.reference.uses[judge.reference.owners.get(full)] == 1:
                 judge.seen(of_parameter("backward", full, microbatch), parameter.grad)
             parameter.grad = None
+
+
+def _share(ranks: int, rank: int) -> float:
+    """Of a gradient, where `ranks` neighbours hold the same columns: each a part of its own size, as readers of their
+    own would leave it to them, and never the same, so that what they make of it is known for partial sums."""
+    return 2 * (rank % ranks + 1) / (ranks * (ranks + 1))
 
 
 def _given(module: nn.Module, whole: Tensor, judge: Judge) -> Tensor:

@@ -1,5 +1,6 @@
 """What a proof says: every comparison summed up in rows, the first difference, and a table of both."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,13 +95,15 @@ _SHOWN = 12
 
 
 def _alike(differences: Sequence[Difference]) -> list[str]:
-    """The sentences but for the first, those of several microbatches as one."""
-    microbatches: dict[tuple[str, str, str], list[int | None]] = {}
+    """The sentences but for the first, those that differ in their numbers alone as one for several microbatches."""
+    groups: dict[tuple[str, str, str], list[Difference]] = {}
     for each in differences:
-        words = each.sentence.partition(": ")[2]
-        microbatches.setdefault((each.module, each.pass_, words), []).append(each.microbatch)
+        words = re.sub(r"[-+.\de]+", "", each.sentence.partition(": ")[2])
+        groups.setdefault((each.module, each.pass_, words), []).append(each)
     lines = []
-    for number, ((module, pass_, words), found) in enumerate(microbatches.items()):
+    for number, group in enumerate(groups.values()):
+        module, pass_, words = group[0].module, group[0].pass_, group[0].sentence.partition(": ")[2]
+        found = [each.microbatch for each in group]
         if number == 0 and len(found) > 1:
             lines.append(f"and the same in microbatches {', '.join(map(str, found[1:]))}")
         if number > 0:

@@ -3,8 +3,9 @@
 from collections.abc import Container
 from typing import NamedTuple
 
-LOSS = "loss"  # the loss function, treated as a module
-OPTIMIZER = "optimizer"
+# Treated as modules, by names that none can have; a parameter's slot begins likewise.
+LOSS = ":loss"
+OPTIMIZER = ":optimizer"
 WHOLE_STEP = -1  # in place of a microbatch
 
 # In order of execution. forward: values; backward: gradients of values, and of parameters for one microbatch;
@@ -13,9 +14,9 @@ PASSES = ("weights", "forward", "backward", "gradients", "update", "replicas")
 
 
 class Site(NamedTuple):
-    """slot: "in.0" (an argument), "out" (a result, or "out.1"), or the name of a parameter of `module`.
+    """slot: "in.0" (an argument), "out" (a result, or "out.1"), or ":weight", a parameter of `module`.
 
-    call: the how manieth of the module in this microbatch. The root module is called "".
+    module: by its full name, "" for the root. call: 0 for its first in this microbatch.
     """
 
     pass_: str
@@ -35,9 +36,9 @@ class Site(NamedTuple):
     @property
     def parameter(self) -> str | None:
         """The full name of the parameter whose value or gradient stands here, if it is one's."""
-        if self.is_input or self.is_output or self.module == OPTIMIZER:
+        if not self.slot.startswith(":"):
             return None
-        return f"{self.module}.{self.slot}" if self.module else self.slot
+        return f"{self.module}.{self.slot[1:]}" if self.module else self.slot[1:]
 
 
 def likeness(site: Site) -> Site:
@@ -47,7 +48,7 @@ def likeness(site: Site) -> Site:
 
 def of_parameter(pass_: str, name: str, microbatch: int = WHOLE_STEP) -> Site:
     module, _, slot = name.rpartition(".")
-    return Site(pass_, microbatch, module, 0, slot)
+    return Site(pass_, microbatch, module, 0, f":{slot}")
 
 
 class Place(NamedTuple):
@@ -63,18 +64,18 @@ def place(site: Site, called: Container[str]) -> Place:
         return Place(_caller(site.module, called), f"in what {shown(site.module)} is given")
     if site.pass_ == "backward" and site.is_output:
         if site.module == "":
-            return Place(LOSS, "")
+            return Place(shown(LOSS), "")
         return Place(_caller(site.module, called), f"in the gradient that comes back to {shown(site.module)}")
     if site.pass_ == "backward" and site.is_input:
         return Place(shown(site.module), "in the gradient of its input")
     if site.parameter is not None:
         gradient = site.pass_ in ("backward", "gradients")
-        return Place(shown(site.module), f"in the gradient of {site.slot}" if gradient else f"in {site.slot}")
+        return Place(shown(site.module), f"in {'the gradient of ' * gradient}{site.slot[1:]}")
     return Place(shown(site.module), "")
 
 
 def shown(module: str) -> str:
-    return module or "model"
+    return module.removeprefix(":") or "model"
 
 
 def _caller(module: str, called: Container[str]) -> str:

@@ -6,6 +6,7 @@ rounding and the mistakes of the code since the sites before it, and of no other
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from tpmp_kernels.pipeline.stage import Stage
 from tpmp_kernels.prover.judge import Judge
 from tpmp_kernels.prover.probes import SLOTS, Probes
+from tpmp_kernels.prover.reference import Reference
 from tpmp_kernels.prover.sites import LOSS, OPTIMIZER, WHOLE_STEP, Site, of_parameter
 from tpmp_kernels.prover.subject import Part
 from tpmp_kernels.training.layout import Layout
@@ -43,9 +45,9 @@ def run(part: Part, judge: Judge, seed: int) -> set[str]:
 def _watch(stage: Stage, probes: Probes, judge: Judge) -> None:
     forward, backward = stage.forward, stage.backward
 
-    def watched_forward(microbatch: int, *args):
+    def watched_forward(microbatch: int, *args, **options):
         probes.microbatch = microbatch
-        output = forward(microbatch, *args)
+        output = forward(microbatch, *args, **options)
         if stage.loss is not None:
             judge.seen(Site("forward", microbatch, LOSS, 0, "out"), output)
         return output
@@ -75,39 +77,46 @@ def _one_microbatch(stage: Stage, judge: Judge, microbatch: int, backward: Calla
 def _untied(stage: Stage, judge: Judge) -> dict[str, torch.nn.Parameter]:
     """The parameters of which this module has all the uses that the reference has: of a tied one that stands in several
     stages or tensors, each has a part of the gradient until the step brings them together."""
-    owners = judge.reference.owners
+    reference = judge.reference
     names: dict[int, list[str]] = {}
     found = dict(stage.module.named_parameters(remove_duplicate=False))
     for name, parameter in found.items():
         names.setdefault(id(parameter), []).append(name)
-    every = {first: sum(owner == first for owner in owners.values()) for first in owners.values()}
-    return {each[0]: found[each[0]] for each in names.values() if len(each) == every.get(owners.get(each[0]), 0)}
+    return {
+        each[0]: found[each[0]] for each in names.values() if len(each) == reference.uses[reference.owners.get(each[0])]
+    }
 
 
 @torch.no_grad()
 def _before_update(part: Part, judge: Judge, norm: float | None) -> None:
     if norm is not None:
         judge.seen(Site("gradients", WHOLE_STEP, OPTIMIZER, 0, "norm"), torch.tensor(norm, dtype=torch.float64))
-    parameters, owners = part.parameters(), judge.reference.owners
-    names = [name for name in parameters if name in owners]
-    for name in names:
-        grad, site = parameters[name].grad, of_parameter("gradients", name)
+    reference = judge.reference
+    for name, parameter in part.parameters().items():
+        grad, site = parameter.grad, of_parameter("gradients", name)
         if grad is not None:
             other = judge.seen(site, grad)
             if other is not None:
                 grad.copy_(other)  # the optimizer is replayed on the reference's gradients
-        elif site in judge.reference.tape and not _has_twin(name, parameters, owners):
+        elif site in reference.tape and reference.uses[reference.owners[name]] == 1:  # a tied one may have that of both
             judge.missing(site)
 
 
-def _has_twin(name: str, parameters: dict, owners: dict[str, str]) -> bool:
-    """Whether the reference ties it to another: then that one may have the gradient of both."""
-    return sum(owner == owners[name] for owner in owners.values()) > 1
+def unclear(part: Part, reference: Reference) -> frozenset[str]:
+    """Modules that the reference calls several times in a microbatch, and that stand in several stages: which of its
+    calls a stage makes is not to be told. Collective over all ranks."""
+    mine = {number: [name for name, _ in stage.module.named_modules()] for number, stage in part.stages.items()}
+    every: list = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    stages = {number: names for theirs in every for number, names in theirs.items()}
+    counts = Counter(name for names in stages.values() for name in names)
+    again = {site.module for site in reference.tape.sites("forward") if site.call > 0}
+    return frozenset(name for name in again if counts[name] > 1)
 
 
 def replicas(part: Part, where: Layout, layouts: dict[str, int]) -> dict[str, list[int]]:
-    """Ranks of the tensor-parallel group whose bits differ from those of the first that holds the same part of a
-    parameter. layouts: the number of the part that this rank holds, by name. Collective."""
+    """Of each parameter that several ranks of the tensor-parallel group hold a part of alike, those whose bits differ
+    from the first's. layouts: the number of the part that this rank holds, by name. Collective."""
     mine = {
         name: (layouts[name], hashlib.blake2b(_bytes(parameter), digest_size=16).hexdigest())
         for name, parameter in part.parameters().items()
@@ -119,8 +128,10 @@ def replicas(part: Part, where: Layout, layouts: dict[str, int]) -> dict[str, li
     drifted: dict[str, list[int]] = {}
     for rank, theirs in enumerate(every):
         for name, (block, digest) in theirs.items():
+            if (name, block) in first:
+                drifted.setdefault(name, [])
             if first.setdefault((name, block), digest) != digest:
-                drifted.setdefault(name, []).append(rank)
+                drifted[name].append(rank)
     return drifted
 
 

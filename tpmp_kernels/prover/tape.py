@@ -29,10 +29,7 @@ class Entry(NamedTuple):
 
 
 class Tape:
-    """Written by one process with `put`, then read by any of the host, from `path` and `index`.
-
-    names: parameter -> the first of the names that it has, for tied ones.
-    """
+    """Written by one process with `put`, then read by any of the host, from `path` and `index`."""
 
     def __init__(self, path: str | None = None, index: dict[Site, Entry] | None = None):
         self._file = tempfile.TemporaryFile() if path is None else open(path, "rb")  # noqa: SIM115
@@ -43,6 +40,7 @@ class Tape:
     @property
     def path(self) -> str:
         """How another process of this user opens the file while this one has it open. Linux only."""
+        self._file.flush()
         return f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
 
     def put(self, site: Site, tensor: Tensor) -> None:
@@ -71,7 +69,8 @@ class Tape:
         if entry is None or not math.prod(entry.shape):
             return None if entry is None else torch.empty(entry.shape, dtype=entry.dtype)
         if self._map is None:
-            self._file.flush()
+            if self._file.writable():
+                self._file.flush()
             # Private pages: torch takes no read-only buffer.
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         flat = torch.frombuffer(self._map, dtype=entry.dtype, count=math.prod(entry.shape), offset=entry.offset)
