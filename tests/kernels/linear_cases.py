@@ -83,23 +83,22 @@ def check_linear(seed: int, dtype: torch.dtype) -> None:
     tile = draw.tile("linear", m, n, k, e)
     x, weight = draw.tensor(m, k), draw.tensor(n, k)
     (y, y_buffer), (z, z_buffer) = poisoned_output(m, n, out), poisoned_output(m, n, out)
-    stored = draw.rng.choice(["y", "y and z"]) if e.preact else "y"
-    stored = "z" if e.preact and draw.chance() else stored
+    wants_y = not e.preact or draw.rng.random() < 0.7  # or z alone, as a backward makes it again
     named = arguments(
         draw.poisoned(x), draw.poisoned(weight), None if bias is None else draw.poisoned(bias[None])[0],
-        draw.poisoned(residual), y if "y" in stored else None, z if "z" in stored else None, activation, tile,
+        draw.poisoned(residual), y if wants_y else None, z if e.preact else None, activation, tile,
     )  # fmt: skip
     launch_within(linear_kernel, named, tile)
 
     unit = UNIT_HERE[out]
-    if "y" in stored:
+    if wants_y:
         oracle, bound = linear_bound(x, weight, bias, activation=activation, residual=residual, unit=unit)
         assert_within(y, oracle, bound)
         eager = reference.linear(x, weight, bias, activation=activation, residual=residual, out_dtype=out)
         assert_no_worse_than_torch(y, eager, oracle, unit)
-    if "z" in stored:
+    if e.preact:
         assert_within(z, *linear_bound(x, weight, bias, unit=unit))
-    assert_written(m * n * (("y" in stored) + ("z" in stored)), y_buffer, z_buffer)
+    assert_written(m * n * (wants_y + e.preact), y_buffer, z_buffer)
 
 
 def product_bound(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -364,8 +363,8 @@ each_dtype("integers", check_integers)
 each_dtype("empty", check_empty)
 each_dtype("recompute", check_recompute)
 each_dtype("main_grad", check_main_grad)
-random_cases("linear", check_linear, sample=40)
-random_cases("gated_linear", check_gated_linear, sample=15)
-random_cases("wgrad", check_wgrad, sample=15)
-random_cases("mlp_dz", check_mlp_dz, sample=25)
+random_cases("linear", check_linear, sample=30)
+random_cases("gated_linear", check_gated_linear, sample=10)
+random_cases("wgrad", check_wgrad, sample=10)
+random_cases("mlp_dz", check_mlp_dz, sample=15)
 random_cases("activation_grad", check_activation_grad, sample=15)

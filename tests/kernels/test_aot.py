@@ -33,8 +33,8 @@ SAMPLE = sampled(GRID, HARDEST, 7)
 
 
 def check_linear(case) -> None:
-    dtype, e, k = DTYPES[case.dtype], case.epilogue, case.size
-    m, n, out = TOKENS, case.size, torch.float32 if e.wide else dtype
+    dtype, e, m, n, k = DTYPES[case.dtype], case.epilogue, TOKENS, case.n, case.k
+    out = torch.float32 if e.wide else dtype
     named = linear.arguments(
         empty(m, k, dtype=dtype), empty(n, k, dtype=dtype), empty(n, dtype=dtype, wanted=e.bias),
         empty(m, n, dtype=out, wanted=e.residual), empty(m, n, dtype=out, wanted=not case.form),

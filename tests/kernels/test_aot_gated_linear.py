@@ -22,9 +22,9 @@ SAMPLE = sampled(GRID, HARDEST, 1)
 
 
 def check_gated_linear(case) -> None:
-    dtype, e, n, m = DTYPES[case.dtype], case.epilogue, case.size, TOKENS
+    dtype, e, m, n, k = DTYPES[case.dtype], case.epilogue, TOKENS, case.n, case.k
     named = gated_linear.arguments(
-        empty(m, n, dtype=dtype), empty(n, n, dtype=dtype), empty(n, n, dtype=dtype),
+        empty(m, k, dtype=dtype), empty(n, k, dtype=dtype), empty(n, k, dtype=dtype),
         empty(m, n, dtype=dtype, wanted=not case.form), *(empty(m, n, dtype=dtype, wanted=e.preact) for _ in range(2)),
         e.activation, case.tile,
     )  # fmt: skip

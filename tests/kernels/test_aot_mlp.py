@@ -32,14 +32,14 @@ SAMPLE = sampled(GRID, HARDEST, 1)
 
 
 def check_mlp(case) -> None:
-    dtype, e, n, m = DTYPES[case.dtype], case.epilogue, case.size, TOKENS
+    dtype, e, m, n, k = DTYPES[case.dtype], case.epilogue, TOKENS, case.n, case.k
 
     def hidden(wanted: bool = True) -> torch.Tensor | None:
         return empty(m, n, dtype=dtype, wanted=wanted)
 
     partial = empty(m // case.tile.block_m, n, dtype=torch.float32, wanted=e.bias)
     named = mlp.arguments(
-        empty(m, n, dtype=dtype), empty(n, n, dtype=dtype), hidden(), hidden(e.residual), hidden(), hidden(e.residual),
+        empty(m, k, dtype=dtype), empty(k, n, dtype=dtype), hidden(), hidden(e.residual), hidden(), hidden(e.residual),
         hidden(e.preact), partial, e.activation, case.tile,
     )  # fmt: skip
     check(mlp.mlp_dz_kernel, named, case)

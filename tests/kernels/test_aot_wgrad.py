@@ -7,26 +7,25 @@ from tpmp_kernels.kernels import tiles
 
 pytest.importorskip("triton")
 
-from aot_gemm import DTYPES, TOKENS, Case, check, empty, sampled
+from aot_gemm import DTYPES, SIZES, TOKENS, Case, check, empty, sampled
 
 from tpmp_kernels.kernels import wgrad
 
-# The token count is the inner dimension here; what is ragged are the features.
+# The token count is the inner dimension here, and rows of the result are the features k of dZ's.
 GRID = [
-    Case(dtype, tile, tiles.Epilogue(residual=add), ragged)
+    Case(dtype, tile, tiles.Epilogue(residual=add), n, k)
     for dtype in DTYPES
-    for ragged in (False, True)
+    for n, k in SIZES[dtype]
     for add in (False, True)
-    for size in [(4096, 4099)[ragged]]
-    for tile in tiles.shipped("wgrad", size, size, TOKENS, dtype, arch=90, epilogue=tiles.Epilogue(residual=add))
+    for tile in tiles.shipped("wgrad", k, n, TOKENS, dtype, arch=90, epilogue=tiles.Epilogue(residual=add))
 ]
-HARDEST = [case for case in GRID if case.dtype == "bf16" and case.tile.block_n == 256 and case.epilogue.residual]
+HARDEST = [c for c in GRID if c.dtype == "bf16" and c.tile.block_n == 256 and c.epilogue.residual]
 SAMPLE = sampled(GRID, HARDEST, 1)
 
 
 def check_wgrad(case) -> None:
-    dtype, n = DTYPES[case.dtype], case.size
-    dz, x, main_grad = (empty(rows, n, dtype=d) for rows, d in ((TOKENS, dtype), (TOKENS, dtype), (n, torch.float32)))
+    dtype, n, k = DTYPES[case.dtype], case.n, case.k
+    dz, x, main_grad = empty(TOKENS, k, dtype=dtype), empty(TOKENS, n, dtype=dtype), empty(k, n, dtype=torch.float32)
     check(wgrad.wgrad_kernel, wgrad.arguments(dz, x, main_grad, case.epilogue.residual, case.tile), case)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tpmp_kernels import ops, reference
 
-# Torch may be lucky in the few elements of a small result. So an error is also allowed that a few roundings of the
-# inputs would explain, as the oracle itself shows, or of the largest result. In fp64 torch is its own oracle, without
-# error: what is left there is the order of sums and products.
-ROUNDINGS = {torch.float64: 64}
+# In fp64 torch is its own oracle, without error, and only the order of sums and products is left.
+EXACT = 64 * UNIT[torch.float64]
+# Torch may be lucky in the few elements of a small result, or in the few numbers of which an outer product is made: as
+# many roundings of the inputs, as the oracle itself shows their effect, or of the largest result are allowed too.
+ROUNDINGS = 8
 
 
 @dataclass
@@ -57,15 +58,19 @@ def check(case: Case) -> None:
     upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype).double() for t in fused]
     got, eager = (run(case, room, leaves(case), upstream) for room in (ops, reference))
     oracle, moved = (run(case, reference, leaves(case, change), upstream) for change in (Tensor.double, nudged))
+    largest = max((float(t.abs().max()) for t in oracle if t.numel()), default=0.0)
     for mine, other, truth, near in zip(got, eager, oracle, moved, strict=True):
         assert mine.shape == truth.shape and mine.dtype == other.dtype and mine.isfinite().all()
-        if mine.dtype != torch.float64:
-            assert_no_worse_than_torch(mine, other, truth)
-        if mine.numel():
-            error, theirs, explained = (float((t.double() - truth).abs().max()) for t in (mine, other, near))
-            rounding = explained + UNIT[mine.dtype] * float(truth.abs().max())
-            allowed = 2 * theirs + ROUNDINGS.get(mine.dtype, 8) * rounding
-            assert error <= allowed, f"error {error:.3e}, torch's {theirs:.3e}, of a rounding {explained:.3e}"
+        if mine.numel() == 0:
+            continue
+        error, theirs, explained = (float((t.double() - truth).abs().max()) for t in (mine, other, near))
+        if mine.dtype == torch.float64:
+            allowed = ROUNDINGS * explained + EXACT * largest
+        else:
+            allowed = 2 * theirs + ROUNDINGS * (explained + UNIT[mine.dtype] * float(truth.abs().max()))
+            if case.tensors[0].numel() >= 1000:
+                assert_no_worse_than_torch(mine, other, truth)
+        assert error <= allowed, f"error {error:.3e}, torch's {theirs:.3e}, of a rounding {explained:.3e}"
     if case.bound is not None:
         assert_within(fused[0], *case.bound())
         assert_within(got[0], *case.bound())

@@ -184,9 +184,12 @@ def rope(d: Draw) -> Case:
 
 
 def loss_options(d: Draw, columns: int) -> dict[str, Any]:
-    """Of a loss over that many columns; no mean, which may be over no token."""
+    """Of a loss over that many columns; no mean, which may be over no token.
+
+    Two classes at least: the gradient of a single one is all cancellation, as is that of a norm over one element.
+    """
     return {
-        "vocab_size": max(1, columns - d.one_of([0, 0, 1, 5])),
+        "vocab_size": max(2, columns - d.one_of([0, 0, 1, 5])),
         "label_smoothing": d.one_of([0.0, 0.1, 1.0]),
         "z_loss": d.one_of([0.0, 1e-3]),
         "softcap": d.one_of([None, 3.0]),
@@ -197,7 +200,7 @@ def loss_options(d: Draw, columns: int) -> dict[str, Any]:
 
 @family
 def cross_entropy(d: Draw) -> Case:
-    rows, columns = d.leading(), d.size(least=1)
+    rows, columns = d.leading(), d.size(least=2)
     options = loss_options(d, columns)
     target = d.indices(options["vocab_size"], *rows)
     return Case([d.tensor(*rows, columns)], lambda room, z: room.cross_entropy(z, target, **options))
@@ -205,7 +208,7 @@ def cross_entropy(d: Draw) -> Case:
 
 @family
 def linear_cross_entropy(d: Draw) -> Case:
-    rows, columns, k = d.leading(), d.size(least=1), d.size()
+    rows, columns, k = d.leading(), d.size(least=2), d.size()
     options = loss_options(d, columns)
     target = d.indices(options["vocab_size"], *rows)
     return Case(

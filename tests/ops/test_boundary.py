@@ -116,6 +116,13 @@ def test_inputs_are_only_read_and_outputs_are_new(problem, dtype, requires_grad)
     assert all(t.is_contiguous() and t.untyped_storage().data_ptr() not in storages for t in outputs)
 
 
+@each_problem
+def test_results_can_be_changed_in_place(problem):
+    """As those of torch can: autograd refuses that for a Function's result that is a view."""
+    for result in flat(problem.call(ops, *problem.inputs(torch.float32, requires_grad=True))):
+        result.add_(1)
+
+
 def test_only_the_gradients_asked_for_are_computed(monkeypatch):
     products = []
     mm = torch.mm

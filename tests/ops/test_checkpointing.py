@@ -11,7 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tpmp_kernels import ops
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+DTYPES = [pytest.param(torch.float64, marks=pytest.mark.full), torch.float32]
+DTYPES += [pytest.param(torch.bfloat16, marks=pytest.mark.full)]
 
 
 def gradients(call, inputs, upstream) -> list[torch.Tensor]:

@@ -8,17 +8,22 @@ from functools import partial
 import pytest
 import torch
 from block import Block
-from problems import LINEARS, PROBLEMS, flat
+from problems import LINEARS, PROBLEMS, RMS_NORM, flat
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from tpmp_kernels import ops
 
-FIRST = list({p.op: p for p in reversed(PROBLEMS)}.values())
-each_problem = pytest.mark.parametrize(
-    "problem",
-    [pytest.param(p, id=p.name, marks=[pytest.mark.full] * (p not in FIRST)) for p in PROBLEMS],
-)
+# The first problem of one op of each family.
+FIRST = [
+    next(p for p in PROBLEMS if p.op == op) for op in ("linear", "gated_mlp", "layer_norm", "rope", "cross_entropy")
+]
+
+
+def each_problem(plain):
+    """All problems, those that are not `plain` in full runs alone: a case takes half a second."""
+    marked = [pytest.param(p, id=p.name, marks=[pytest.mark.full] * (p not in plain)) for p in PROBLEMS]
+    return pytest.mark.parametrize("problem", marked)
 
 
 @pytest.fixture(autouse=True)
@@ -49,25 +54,27 @@ def shortened(problem, length: int) -> list[torch.Tensor]:
     ]
 
 
-@each_problem
+@each_problem(FIRST)
 def test_fullgraph_at_many_lengths_recompiles_once(problem):
     """A second length makes the graph dynamic, and that one serves all others."""
     compiled, counter = compile_counting(problem.call)
-    for length in (5, 4, 3, 2):
+    for length in (5, 4, 3):
         inputs = shortened(problem, length)
         got, expected = compiled(ops, *inputs), problem.call(ops, *inputs)
         assert_same_bits(with_gradients(got, inputs), with_gradients(expected, inputs))
     assert counter.frame_count <= 2
 
 
-@each_problem
+@each_problem([LINEARS[1], RMS_NORM])
 def test_fullgraph_dynamic_from_the_start_never_recompiles(problem):
     compiled, counter = compile_counting(problem.call, dynamic=True)
     graphs = set()
-    for length in (5, 3):
+    for length in (4, 3):
         inputs = shortened(problem, length)
-        got, expected = compiled(ops, *inputs), problem.call(ops, *inputs)
-        assert_same_bits(with_gradients(got, inputs), with_gradients(expected, inputs))
+        # Otherwise sizes that are equal by chance, as 4 tokens and 4 heads, are taken for one.
+        with torch.fx.experimental._config.patch(use_duck_shape=False):
+            got = compiled(ops, *inputs)
+        assert_same_bits(with_gradients(got, inputs), with_gradients(problem.call(ops, *inputs), inputs))
         graphs.add(counter.frame_count)
     assert len(graphs) == 1
 

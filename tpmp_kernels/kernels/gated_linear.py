@@ -27,6 +27,7 @@ def gated_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     row_block, col_block = grouped(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -54,22 +55,25 @@ def gated_linear_kernel(
         gate_tile += gate_step
         up_tile += up_step
 
-    _finish_in_parts(gate_acc, up_acc, y, gate, up, m, n, rows, col_block * BLOCK_N, ACTIVATION, BLOCK_M, BLOCK_N)
+    _finish_in_parts(gate_acc, up_acc, y, gate, up, m, n, rows, col_block * BLOCK_N, ACTIVATION, BLOCK_M, BLOCK_N, PART)
 
 
 @triton.jit
 def _finish_in_parts(
     gate_acc, up_acc, y, gate, up, m, n, rows, first_col,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue in fp32 and its stores, on 64 columns at a time, as in kernels.linear."""
-    if BLOCK_N > 64:
+    """The epilogue in fp32 and its stores."""
+    if BLOCK_N > PART:
         gate_left, gate_right = halves(gate_acc, BLOCK_M, BLOCK_N)
         up_left, up_right = halves(up_acc, BLOCK_M, BLOCK_N)
-        _finish_in_parts(gate_left, up_left, y, gate, up, m, n, rows, first_col, ACTIVATION, BLOCK_M, BLOCK_N // 2)
         _finish_in_parts(
-            gate_right, up_right, y, gate, up, m, n, rows, first_col + BLOCK_N // 2, ACTIVATION, BLOCK_M, BLOCK_N // 2
+            gate_left, up_left, y, gate, up, m, n, rows, first_col, ACTIVATION, BLOCK_M, BLOCK_N // 2, PART
         )
+        _finish_in_parts(
+            gate_right, up_right, y, gate, up, m, n, rows, first_col + BLOCK_N // 2,
+            ACTIVATION, BLOCK_M, BLOCK_N // 2, PART,
+        )  # fmt: skip
     else:
         cols = first_col + tl.arange(0, BLOCK_N)
         mask = (rows < m)[:, None] & (cols < n)[None, :]

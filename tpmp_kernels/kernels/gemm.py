@@ -78,7 +78,11 @@ def grouped(pid, row_blocks, col_blocks, GROUP_M: tl.constexpr):
 
 @triton.jit
 def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of a [BLOCK_M, BLOCK_N] accumulator."""
+    """The left and the right half of a [BLOCK_M, BLOCK_N] accumulator.
+
+    Every epilogue works on PART columns at a time: a whole 128 x 256 accumulator beside its operands spills registers,
+    and where rows of the result are not aligned to 16 bytes each element takes an address of its own.
+    """
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
@@ -92,6 +96,7 @@ def operands(x: Tensor, weight: Tensor, tile: tiles.Tile) -> dict[str, Any]:
         "X_ROWS_ADJACENT": rows_adjacent(x), "WEIGHT_ROWS_ADJACENT": rows_adjacent(weight),
         "PRECISION": "ieee" if x.dtype is torch.float32 else "tf32",
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m,
+        "PART": 64 if weight.shape[0] * x.element_size() % 16 == 0 else 16,
     }  # fmt: skip
 
 

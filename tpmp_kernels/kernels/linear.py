@@ -26,6 +26,7 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     row_block, col_block = grouped(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -36,25 +37,24 @@ def linear_kernel(
     )  # fmt: skip
     finish_in_parts(
         acc, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, rows, col_block * BLOCK_N,
-        ACTIVATION, BLOCK_M, BLOCK_N,
+        ACTIVATION, BLOCK_M, BLOCK_N, PART,
     )  # fmt: skip
 
 
 @triton.jit
 def finish_in_parts(
     acc, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, rows, first_col,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue on 64 columns at a time: a whole 128 x 256 accumulator beside its operands spills registers."""
-    if BLOCK_N > 64:
+    if BLOCK_N > PART:
         left, right = halves(acc, BLOCK_M, BLOCK_N)
         finish_in_parts(
             left, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, rows, first_col,
-            ACTIVATION, BLOCK_M, BLOCK_N // 2,
+            ACTIVATION, BLOCK_M, BLOCK_N // 2, PART,
         )  # fmt: skip
         finish_in_parts(
             right, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, rows,
-            first_col + BLOCK_N // 2, ACTIVATION, BLOCK_M, BLOCK_N // 2,
+            first_col + BLOCK_N // 2, ACTIVATION, BLOCK_M, BLOCK_N // 2, PART,
         )  # fmt: skip
     else:
         cols = first_col + tl.arange(0, BLOCK_N)

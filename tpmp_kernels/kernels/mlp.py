@@ -32,6 +32,7 @@ def mlp_dz_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     row_block, col_block = grouped(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -42,24 +43,23 @@ def mlp_dz_kernel(
     )  # fmt: skip
     sums = None if partial is None else partial + row_block.to(tl.int64) * n
     _finish_in_parts(
-        acc, preact, up, dz, dup, h, sums, m, n, rows, col_block * BLOCK_N, ACTIVATION, BLOCK_M, BLOCK_N
+        acc, preact, up, dz, dup, h, sums, m, n, rows, col_block * BLOCK_N, ACTIVATION, BLOCK_M, BLOCK_N, PART
     )  # fmt: skip
 
 
 @triton.jit
 def _finish_in_parts(
     acc, preact, up, dz, dup, h, sums, m, n, rows, first_col,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue in fp32, on 64 columns at a time, as in kernels.linear."""
-    if BLOCK_N > 64:
+    if BLOCK_N > PART:
         left, right = halves(acc, BLOCK_M, BLOCK_N)
         _finish_in_parts(
-            left, preact, up, dz, dup, h, sums, m, n, rows, first_col, ACTIVATION, BLOCK_M, BLOCK_N // 2
+            left, preact, up, dz, dup, h, sums, m, n, rows, first_col, ACTIVATION, BLOCK_M, BLOCK_N // 2, PART
         )  # fmt: skip
         _finish_in_parts(
             right, preact, up, dz, dup, h, sums, m, n, rows, first_col + BLOCK_N // 2,
-            ACTIVATION, BLOCK_M, BLOCK_N // 2,
+            ACTIVATION, BLOCK_M, BLOCK_N // 2, PART,
         )  # fmt: skip
     else:
         _finish(acc, preact, up, dz, dup, h, sums, m, n, rows, first_col + tl.arange(0, BLOCK_N), ACTIVATION)
@@ -67,6 +67,7 @@ def _finish_in_parts(
 
 @triton.jit
 def _finish(acc, preact, up, dz, dup, h, sums, m, n, rows, cols, ACTIVATION: tl.constexpr):
+    """The epilogue in fp32: derivative, second factor, h and the sums over rows, and their stores."""
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     place = rows.to(tl.int64)[:, None] * n + cols.to(tl.int64)[None, :]
     z = tl.load(preact + place, mask=mask, other=0.0).to(tl.float32)

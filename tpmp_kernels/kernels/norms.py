@@ -31,9 +31,13 @@ class Block:
 
 
 def block(n: int, widest: int) -> Block:
-    """The block for rows of n elements, where one of `widest` elements still fits the registers."""
-    if n > widest:
-        return Block(16, 512, False, 8)
+    """The block for rows of n elements, where one of `widest` elements still fits the registers.
+
+    Rows that are not aligned to 16 bytes are loaded element by element, whose addresses take registers too.
+    """
+    ragged = n % 8 != 0
+    if n > (widest // 2 if ragged else widest):
+        return Block(4 if ragged else 16, 512, False, 8)
     columns = max(16, triton.next_power_of_2(n))
     return Block(max(1, min(64, 4096 // columns)), columns, True, min(16, max(4, columns // 512)))
 

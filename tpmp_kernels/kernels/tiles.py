@@ -72,13 +72,17 @@ _ALL_WIDE = tuple(
 # least that WGMMA takes.
 _HALF = (
     _Candidate(Tile(128, 256, 64, 8, 8, 4), 100, spills=_SMOOTH_ALONE + _ALL_WIDE, ragged=False),
-    _Candidate(Tile(128, 128, 64, 8, 8, 4), 108, ragged=False),
+    _Candidate(Tile(128, 128, 64, 8, 8, 4), 108),
     _Candidate(Tile(64, 128, 64, 8, 4, 4), 130, ragged=False),
     _Candidate(Tile(64, 64, 64, 8, 4, 4), 170),
 )
-# Two accumulators, or an epilogue with several operands of a full [M, N], leave no registers for 256 columns, and with
-# ragged operands too none for a 64 x 64 on four warps.
-_HALF_NARROW = (
+# Two accumulators, or an epilogue with several operands of a full [M, N], leave no registers for 256 columns.
+_HALF_MLP = (
+    _Candidate(Tile(128, 128, 64, 8, 8, 4), 108),
+    _Candidate(Tile(64, 128, 64, 8, 8, 4), 130),
+    _Candidate(Tile(64, 64, 64, 8, 8, 4), 170),
+)
+_HALF_GATED = (
     _Candidate(Tile(128, 128, 64, 8, 8, 4), 108, ragged=False),
     _Candidate(Tile(64, 128, 64, 8, 8, 4), 130, ragged=False),
     _Candidate(Tile(64, 64, 64, 8, 8, 4), 170),
@@ -95,9 +99,9 @@ _SINGLE_NARROW = (
 )
 _CANDIDATES = {
     "linear": {"half": _HALF, "fp32": _SINGLE},
-    "gated_linear": {"half": _HALF_NARROW, "fp32": _SINGLE_NARROW},
+    "gated_linear": {"half": _HALF_GATED, "fp32": _SINGLE_NARROW},
     "wgrad": {"half": _HALF, "fp32": _SINGLE},
-    "mlp_dz": {"half": _HALF_NARROW, "fp32": _SINGLE_NARROW},
+    "mlp_dz": {"half": _HALF_MLP, "fp32": _SINGLE_NARROW},
 }
 OPERATIONS = tuple(_CANDIDATES)
 # The axes that are adjacent in memory in each operation's operands: a transposed operand's is its row.

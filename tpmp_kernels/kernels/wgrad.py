@@ -28,6 +28,7 @@ def wgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     row_block, col_block = grouped(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -38,7 +39,7 @@ def wgrad_kernel(
     )  # fmt: skip
     finish_in_parts(
         acc, None, main_grad if ADD else None, main_grad, None, m, n, n, 1, rows, col_block * BLOCK_N,
-        None, BLOCK_M, BLOCK_N,
+        None, BLOCK_M, BLOCK_N, PART,
     )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tpmp_kernels import ops
 from tpmp_kernels.comm.communicator import Communicator
 from tpmp_kernels.models.config import ModelConfig
-from tpmp_kernels.models.rope import rotary, rotary_table
 from tpmp_kernels.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -43,7 +42,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, comm: Communicator, **how):
         super().__init__()
-        self.theta, self.head_size = config.rope_theta, config.head_size
+        self.head_size = config.head_size
         replicas = head_shard(config.heads, config.kv_heads, comm).replicas
         width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
         self.q_proj = ColumnParallelLinear(config.hidden, width, comm, **how)
@@ -51,11 +50,12 @@ class Attention(nn.Module):
         self.v_proj = ColumnParallelLinear(config.hidden, kv_width, comm, replicas=replicas, **how)
         self.o_proj = RowParallelLinear(width, config.hidden, comm, **how)
 
-    def forward(self, x: Tensor, sequence: int) -> Tensor:
+    def forward(self, x: Tensor, rope_table: Tensor) -> Tensor:
         qkv = column_linears(x, [self.q_proj, self.k_proj, self.v_proj])
-        q, k, v = (t.view(-1, sequence, t.shape[-1] // self.head_size, self.head_size).transpose(1, 2) for t in qkv)
-        table = rotary_table(sequence, self.head_size, self.theta, dtype=x.dtype, device=x.device)
-        y = F.scaled_dot_product_attention(rotary(q, table), rotary(k, table), v, is_causal=True, enable_gqa=True)
+        q, k, v = (t.view(-1, len(rope_table), t.shape[-1] // self.head_size, self.head_size) for t in qkv)
+        q, k = ops.rope(q, k, rope_table)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(qkv[0].shape))
 
 
@@ -80,8 +80,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config, comm, **how)
         self.mlp = MLP(config, comm, **how)
 
-    def forward(self, x: Tensor, sequence: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), sequence)
+    def forward(self, x: Tensor, rope_table: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope_table)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -129,8 +129,10 @@ class Decoder(nn.Module):
         sequence = self._sequence(x)
         if self.first:
             x = self.embed_tokens(x)
+        config, wide = self.config, torch.promote_types(x.dtype, torch.float32)
+        table = ops.rope_table(sequence, config.head_size, theta=config.rope_theta, dtype=wide, device=x.device)
         for layer in self.layers.values():
-            x = layer(x, sequence)
+            x = layer(x, table)
         return self.norm(x) if self.last else x
 
     def logits(self, hidden: Tensor) -> Tensor:

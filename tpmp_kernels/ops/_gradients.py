@@ -17,10 +17,21 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
 
-# The context in which a Function's forward calls ops: they go to the device's implementation (or, in a trace, into
-# the graph) and record no gradient of their own.
-below_autograd = torch._C._AutoDispatchBelowAutograd
+_KEY, _KEYS = torch._C.DispatchKey, torch._C.DispatchKeySet
+_BELOW = _KEYS(_KEY.AutogradFunctionality) | _KEYS(_KEY.AutogradOther) | _KEYS(_KEY.ADInplaceOrView)
 
+
+def below_autograd() -> Any:
+    """The context in which a Function's forward calls ops.
+
+    They go to the device's implementation (or, in a trace, into the graph) and record no gradient of their own, nor
+    that a result is a view of what the implementation made: autograd refuses to change a Function's view in place.
+    """
+    return torch._C._ExcludeDispatchKeyGuard(_BELOW)
+
+
+# For what may write into an argument: that still counts as a change of it.
+_unrecorded = torch._C._AutoDispatchBelowAutograd
 _INSTEAD = 'use ops.use_backend("reference")'
 
 
@@ -45,7 +56,7 @@ def undifferentiable(name: str, op: Any) -> Callable:
     def autograd(*args):
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, args)
-        with below_autograd():
+        with _unrecorded():
             results = op(*args)
         return _without_gradient(name, results, args) if torch.is_grad_enabled() else results
 
@@ -76,7 +87,7 @@ def _once(name: str, backward: Callable) -> Callable:
     def once(ctx, *upstream):
         ctx = _Kept(ctx)
         if not torch.is_grad_enabled():
-            with below_autograd():
+            with _unrecorded():
                 return backward(ctx, *upstream)
         return _without_gradient(name, backward(ctx, *upstream), (*ctx.saved_tensors, *upstream), always=True)
 
