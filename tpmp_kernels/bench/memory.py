@@ -11,7 +11,6 @@ from torch import Tensor
 
 _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5): the high-water mark becomes what is resident now
-_M_MMAP_THRESHOLD, _SMALL = -3, 64 << 10  # mallopt(3)
 
 
 def extra_bytes(call: Callable[..., Iterable[Tensor]], operands: tuple[Tensor, ...]) -> int | None:
@@ -35,11 +34,10 @@ def extra_bytes(call: Callable[..., Iterable[Tensor]], operands: tuple[Tensor, .
 
 
 def _give_back() -> None:
-    """Free memory goes back to the system, now and on every free: what is reused would not be seen."""
+    """Free memory goes back to the system: what is used again would not be seen."""
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc
-        libc.mallopt(_M_MMAP_THRESHOLD, _SMALL)
         libc.malloc_trim(0)
 
 
