@@ -111,7 +111,8 @@ void ShmTransport::keep() {
     } catch (const std::exception& error) {  // a lack of memory, above all
       abort(error.what());
     }
-    return closed_.load() ? Seen::all : moved ? Seen::some : Seen::nothing;
+    // What the peers see, not closed_: a death in between would find the lease given back and nobody told of a leave.
+    return closed(rank_) ? Seen::all : moved ? Seen::some : Seen::nothing;
   };
   wait_until(closing, KeeperWatch(*this), kKeeperSpinNs);
   pthread_mutex_unlock(&segment_->control(rank_).lease);
