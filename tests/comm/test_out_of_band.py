@@ -255,8 +255,11 @@ def test_a_death_is_seen_by_every_survivor(ranks, size, victim, call):
     _check_alike(seen, "PeerDied", victim, f"rank {victim} ")
 
 
-def _waiting_for_a_bystander() -> tuple | None:
-    """Rank 0 is in gloo with rank 2, which is in Python and breaks nothing off, when its neighbour dies."""
+def _waiting_for_a_bystander(silent: bool) -> tuple | None:
+    """Rank 0 is in gloo with rank 2, which is in Python and breaks nothing off, when its neighbour dies; `silent`:
+    before the thread of its board has run at all."""
+    if silent and dist.get_rank() == 1:
+        Board._serve = lambda board: board._ended.set()
     comm = _fresh()
     store = dist.distributed_c10d._get_default_store()
     if comm.rank == 1:
@@ -271,8 +274,9 @@ def _waiting_for_a_bystander() -> tuple | None:
     return error[:2]
 
 
-def test_a_wait_for_a_living_rank_is_broken_off_too(ranks):
-    outcomes = ranks(3).outcomes(_waiting_for_a_bystander, timeout=10)
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_wait_for_a_living_rank_is_broken_off_too(ranks, silent):
+    outcomes = ranks(3).outcomes(_waiting_for_a_bystander, silent, timeout=10)
     assert [outcomes[rank].value for rank in (0, 2)] == [("PeerDied", 1)] * 2
 
 

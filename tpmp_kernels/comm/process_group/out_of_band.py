@@ -8,8 +8,8 @@ A small thread of each rank writes its report and reads those of others. The low
 it reads all reports, compares them (agreement.py) and writes back how far they agree, so that a report carries only the
 calls since then. The others read the judge's report and whether anybody failed. The first failure in the Store counts.
 
-Only the thread talks to the Store. A lost Store ends the comparison in silence; what a rank finds by itself (a peer's
-process gone, an error of the backend) still becomes its own failure.
+Once the board is made, only the thread talks to the Store. A lost Store ends the comparison in silence; what a rank
+finds by itself (a peer's process gone, an error of the backend) still becomes its own failure.
 """
 
 import os
@@ -40,6 +40,7 @@ class Board:
         self._rank, self._size, self._interrupt, self._serves = rank, size, interrupt, serves
         self._bulletin, self._lost = Bulletin(store, rank, size), False
         self._judge, self._judges = Judge(size), 0  # how this rank would judge, and the rank that does
+        self._bulletin.write(self._judge.agreed)  # here, so that the death of a rank is seen from its first call on
         self._fresh: deque[Call] = deque(maxlen=_BACKLOG)
         self._requests: deque[_Request] = deque()
         self._leaving = self._idle = False
