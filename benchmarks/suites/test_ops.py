@@ -7,7 +7,8 @@ operands and results. Linears alone, with their GEMM as a ceiling, are in test_k
 import pytest
 
 from benchmarks.oracle import check_errors
-from tpmp_kernels.bench import Bar, extra_bytes
+from tpmp_kernels.bench import Bar
+from tpmp_kernels.bench.memory import extra_bytes
 from tpmp_kernels.bench.compare import measure
 from tpmp_kernels.bench.compare.problems import DTYPES, problem
 
