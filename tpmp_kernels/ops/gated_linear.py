@@ -15,7 +15,7 @@ from tpmp_kernels import reference
 from tpmp_kernels.ops import backend, checks, onednn
 from tpmp_kernels.ops._register import below_autograd, lowest, register
 from tpmp_kernels.ops.main_grad import slot, weight_grad
-from tpmp_kernels.ops.plain import activation_grad, as_rows, gemm
+from tpmp_kernels.ops.plain import activate_, activation_grad, as_rows, gemm, sum_of_products, wide_gemm, widens
 from tpmp_kernels.ops.sharding import cut
 
 
@@ -71,10 +71,13 @@ def fused_gated(x: Tensor, w_gate: Tensor, w_up: Tensor, activation: str) -> Ten
         from tpmp_kernels.kernels import gated_linear as kernel
 
         return kernel.gated_linear(x, w_gate, w_up, activation)[0]
-    if onednn.serves(x, w_gate) and onednn.serves(x, w_up):
+    if widens(x, w_gate.t()):
+        wide = x.float()
+        return activate_(wide_gemm(wide, w_gate), activation).mul_(wide_gemm(wide, w_up)).to(x.dtype)
+    if onednn.serves(x, w_gate, activation) and onednn.serves(x, w_up, activation):
         gate = onednn.linear(x, w_gate, None, activation)
         return onednn.linear_with(x, w_up, None, gate, "mul")
-    return reference.activate(gemm(x, w_gate), activation).mul_(gemm(x, w_up))
+    return activate_(gemm(x, w_gate), activation).mul_(gemm(x, w_up))
 
 
 def fused_gated_with_preact(x: Tensor, w_gate: Tensor, w_up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,7 +152,7 @@ class _GatedLinear(torch.autograd.Function):
         dgate, dup = _gated_linear_dz(dy, gate, up, ctx.activation)
         taps = (dgate, dup) if need_taps else (None, None)
         dgate, dup = as_rows(dgate), as_rows(dup)
-        dx = torch.mm(dgate, w_gate).addmm_(dup, w_up).view(*dy.shape[:-1], w_gate.shape[1]) if need_x else None
+        dx = sum_of_products(dgate, w_gate, dup, w_up).view(*dy.shape[:-1], w_gate.shape[1]) if need_x else None
         return (
             dx,
             weight_grad(dgate, as_rows(x), ctx.slots[0]) if need_gate else None,

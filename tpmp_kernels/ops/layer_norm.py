@@ -16,6 +16,8 @@ from tpmp_kernels.ops._register import below_autograd, register, widest
 from tpmp_kernels.ops.plain import as_rows
 from tpmp_kernels.ops.sharding import cut
 
+_BLOCK = 1 << 16  # elements of the backward in plain torch that stay in the cache
+
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, eps: float = 1e-5
@@ -78,17 +80,45 @@ def _backward(
         )  # fmt: skip
         dx = dx.view(h.shape)
     else:
-        wide, upstream = h.to(_wide(h)).contiguous(), dnormed.to(_wide(h)).contiguous()
-        # torch reads mean and rstd as if they were dense, whatever their strides.
-        mean, rstd, scale = mean.contiguous(), rstd.contiguous(), weight.to(wide.dtype)
-        dx = torch.ops.aten.native_layer_norm_backward(
-            upstream, wide, weight.shape, mean, rstd, scale, None, [True, False, False]
-        )[0]
-        dx = (dx if dh is None else dx.add_(dh)).to(h.dtype)
-        # The sums over rows are not left to torch's own, which adds them one by one: 20 times the error at 16384 rows.
-        dweight = as_rows((wide - mean).mul_(rstd).mul_(upstream)).sum(0) if need_weight else None
-        dbias = as_rows(upstream).sum(0) if need_bias else None
+        rows = (None if t is None else as_rows(t) for t in (dnormed, dh, h, mean, rstd))
+        dx, dweight, dbias = _by_blocks(*rows, weight, need_weight, need_bias)
+        dx = dx.view(h.shape)
     return dx, *(weight.new_empty(0) if d is None else d.to(weight.dtype) for d in (dweight, dbias))
+
+
+def _by_blocks(
+    dnormed: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias) of matrices, in plain torch, a block of rows in the cache at a time.
+
+    The sums over rows are not left to torch's own backward: it adds row by row, with 20 times the error at 16384 rows,
+    and in another order for another number of threads.
+    """
+    (count, width), wide = h.shape, _wide(h)
+    size = max(16, _BLOCK // max(1, width))
+    begins, scale, dx = range(0, count, size), weight.to(wide), h.new_empty(h.shape)
+    dweights, dbiases = (h.new_empty(len(begins), width, dtype=wide) if n else None for n in (need_weight, need_bias))
+    for i, begin in enumerate(begins):
+        block = slice(begin, begin + size)
+        # torch reads mean and rstd as if they were dense, whatever their strides.
+        upstream, rows, *statistics = (t[block].to(wide).contiguous() for t in (dnormed, h, mean, rstd))
+        grad = torch.ops.aten.native_layer_norm_backward(
+            upstream, rows, weight.shape, *statistics, scale, None, [True, False, False]
+        )[0]
+        dx[block] = grad if dh is None else grad.add_(dh[block])
+        if need_weight:
+            unit = torch.sub(rows, statistics[0], out=grad).mul_(statistics[1])
+            torch.sum(unit.mul_(upstream), 0, out=dweights[i])
+        if need_bias:
+            torch.sum(upstream, 0, out=dbiases[i])
+    return dx, dweights.sum(0) if need_weight else None, dbiases.sum(0) if need_bias else None
 
 
 class _LayerNorm(torch.autograd.Function):

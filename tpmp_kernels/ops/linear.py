@@ -15,7 +15,7 @@ from tpmp_kernels import reference
 from tpmp_kernels.ops import backend, checks, onednn
 from tpmp_kernels.ops._register import below_autograd, lowest, register
 from tpmp_kernels.ops.main_grad import slot, weight_grad
-from tpmp_kernels.ops.plain import activation_grad, as_rows, gemm
+from tpmp_kernels.ops.plain import activate_, activation_grad, as_rows, gemm, mm, wide_gemm, widens
 from tpmp_kernels.ops.sharding import cut
 
 ACTIVATIONS = (None, *reference.ACTIVATIONS)
@@ -110,8 +110,11 @@ def fused(
 
         return kernel.linear(x, weight, bias, residual, activation, out_dtype=out_dtype)[0]
     x, weight, bias, residual = _as(out_dtype, x, weight, bias, residual)
-    if (activation is None and residual is None) or not onednn.serves(x, weight):
-        y = reference.activate(gemm(x, weight, bias), activation)
+    if widens(x, weight.t()):
+        y = activate_(wide_gemm(x, weight, bias), activation)
+        return (y if residual is None else y.add_(residual)).to(x.dtype)
+    if (activation is None and residual is None) or not onednn.serves(x, weight, activation):
+        y = activate_(gemm(x, weight, bias), activation)
     elif activation is None:
         return onednn.linear_with(x, weight, bias, residual, "add")
     else:
@@ -225,7 +228,7 @@ class _Linear(torch.autograd.Function):
                     has_residual = ctx.residual_dtype is not None
                     z = linear_preact(x, weight, bias, ctx.activation, has_residual, ctx.out_dtype)
                 dz, dbias = _linear_dz(rows, as_rows(z), ctx.activation, ctx.dtype, need_bias)
-            dx = torch.mm(dz, weight).view(*dy.shape[:-1], weight.shape[1]) if need_x else None
+            dx = mm(dz, weight).view(*dy.shape[:-1], weight.shape[1]) if need_x else None
             dweight = weight_grad(dz, as_rows(x), ctx.slot) if need_weight else None
             dtap = dz.view(dy.shape) if need_tap else None
         dresidual = dy.to(ctx.residual_dtype) if need_residual else None

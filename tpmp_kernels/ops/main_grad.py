@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tpmp_kernels.ops import backend
 from tpmp_kernels.ops._register import register
+from tpmp_kernels.ops.plain import mm, widens
 
 _owners: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
@@ -96,7 +97,7 @@ def weight_grad(dz: Tensor, x: Tensor, slot: Tensor | None) -> Tensor | None:
     With grad enabled, under create_graph, it is autograd's: the sum in main_grad has no graph.
     """
     if slot is None or torch.is_grad_enabled():
-        return torch.mm(dz.t(), x)
+        return mm(dz.t(), x)
     _wgrad_of_parameter(dz, x, slot)
     return None
 
@@ -104,9 +105,11 @@ def weight_grad(dz: Tensor, x: Tensor, slot: Tensor | None) -> Tensor | None:
 def add_product(dz: Tensor, x: Tensor, main_grad: Tensor, *, slot: Tensor | None) -> None:
     """main_grad += dz^T @ x, from zero where the parameter of `slot` has had its gradient set to None.
 
-    In plain torch a half-precision product is rounded once before it is added: torch has no other.
+    In plain torch a half-precision product that is not widened is rounded once before it is added: torch has no other.
     """
     add = _begin(slot, main_grad)
+    if widens(dz.t(), x):
+        dz, x = dz.float(), x.float()
     if backend.choose(dz) == "triton":
         from tpmp_kernels.kernels import wgrad as kernel
 

@@ -22,7 +22,7 @@ from tpmp_kernels.ops.gated_linear import (
 )
 from tpmp_kernels.ops.linear import fused, fused_with_preact, linear_dbias, linear_preact
 from tpmp_kernels.ops.main_grad import slot, weight_grad
-from tpmp_kernels.ops.plain import activation_grad, as_rows
+from tpmp_kernels.ops.plain import activation_grad, as_rows, mm, sum_of_products
 from tpmp_kernels.ops.sharding import cut
 
 
@@ -113,7 +113,7 @@ def _dz(
 
         dz, h, dbias = kernel.mlp_dz(dy, w_down, z, activation, bias=bias, need_h=need_h)
     else:
-        dz = activation_grad(torch.mm(dy, w_down), z, activation)
+        dz = activation_grad(mm(dy, w_down), z, activation)
         h = reference.activate(z, activation) if need_h else None
         dbias = dz.sum(0) if bias else None
     return dz, _or_empty(h, dz), _or_empty(dbias, dz)
@@ -156,7 +156,7 @@ class _Mlp(torch.autograd.Function):
             z = linear_preact(x, w_up, b_up, ctx.activation, False, None)
         if ctx.need_dz:
             dz, h, db_up = _mlp_dz(rows, w_down, as_rows(z), ctx.activation, need_b_up, need_down)
-            dx = torch.mm(dz, w_up).view(*dy.shape[:-1], w_up.shape[1]) if need_x else None
+            dx = mm(dz, w_up).view(*dy.shape[:-1], w_up.shape[1]) if need_x else None
             d_up = weight_grad(dz, as_rows(x), ctx.slot_up) if need_up else None
         elif need_down:
             h = reference.activate(as_rows(z), ctx.activation)
@@ -197,7 +197,7 @@ def _gated_dz(
 
         dgate, dup, h = kernel.gated_mlp_dz(dy, w_down, gate, up, activation, need_h=need_h)
     else:
-        dgate, dup = gated_grad(torch.mm(dy, w_down), gate, up, activation)
+        dgate, dup = gated_grad(mm(dy, w_down), gate, up, activation)
         h = reference.activate(gate, activation).mul_(up) if need_h else None
     return dgate, dup, _or_empty(h, dgate)
 
@@ -236,7 +236,7 @@ class _GatedMlp(torch.autograd.Function):
         gate, up = as_rows(gate), as_rows(up)
         if ctx.need_dz:
             dgate, dup, h = _gated_mlp_dz(rows, w_down, gate, up, ctx.activation, need_down)
-            dx = torch.mm(dgate, w_gate).addmm_(dup, w_up).view(*dy.shape[:-1], w_up.shape[1]) if need_x else None
+            dx = sum_of_products(dgate, w_gate, dup, w_up).view(*dy.shape[:-1], w_up.shape[1]) if need_x else None
             d_gate = weight_grad(dgate, as_rows(x), ctx.slots[0]) if need_gate else None
             d_up = weight_grad(dup, as_rows(x), ctx.slots[1]) if need_up else None
         else:

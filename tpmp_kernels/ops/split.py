@@ -18,7 +18,7 @@ from tpmp_kernels import reference
 from tpmp_kernels.ops import backend, checks
 from tpmp_kernels.ops._register import below_autograd, lowest, register
 from tpmp_kernels.ops.main_grad import add_product, slot
-from tpmp_kernels.ops.plain import as_rows, gemm
+from tpmp_kernels.ops.plain import as_rows, gemm, mm
 from tpmp_kernels.ops.sharding import cut
 
 
@@ -93,11 +93,11 @@ def _as_autocast(t: Tensor) -> Tensor:
 
 
 def _input_grad(dz: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(as_rows(dz), weight).view(*dz.shape[:-1], weight.shape[1])
+    return mm(as_rows(dz), weight).view(*dz.shape[:-1], weight.shape[1])
 
 
 def _weight_grad(dz: Tensor, x: Tensor) -> Tensor:
-    return torch.mm(as_rows(dz).t(), as_rows(x))
+    return mm(as_rows(dz).t(), as_rows(x))
 
 
 def _add_weight_grad(dz: Tensor, x: Tensor, main_grad: Tensor, slot: Tensor | None) -> None:
@@ -118,7 +118,7 @@ class _Dgrad(torch.autograd.Function):
         rows = as_rows(upstream)
         return (
             gemm(rows, weight).view(dz.shape) if need_dz else None,
-            torch.mm(as_rows(dz).t(), rows) if need_weight else None,
+            mm(as_rows(dz).t(), rows) if need_weight else None,
         )
 
 
@@ -135,7 +135,7 @@ class _Wgrad(torch.autograd.Function):
         need_dz, need_x = ctx.needs_input_grad
         return (
             gemm(as_rows(x), upstream).view(dz.shape) if need_dz else None,
-            torch.mm(as_rows(dz), upstream).view(x.shape) if need_x else None,
+            mm(as_rows(dz), upstream).view(x.shape) if need_x else None,
         )
 
 

@@ -5,29 +5,15 @@ half-precision GEMM with an fp32 result, each slice is widened and multiplied in
 faster ones are they used, and the logits, like those of F.linear, rounded to bf16.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from tpmp_kernels.ops import backend
+from tpmp_kernels.ops.plain import fast_bf16
 
 # Elements of a slice of logits, and its narrowest and widest: on the CPU 16 MiB in fp32, for the third-level cache; on
 # CUDA 256 MiB. Narrower slices would cost the GEMMs more than smaller ones save.
 _SLICES = {"cpu": (1 << 22, 256, 2048), "cuda": (1 << 26, 1024, 16384)}
-
-
-@lru_cache
-def fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 faster than fp32: with AMX, or AVX512-BF16 at full rate as on AMD's cores.
-
-    Intel's cores with AVX512-FP16 (since Sapphire Rapids) have AMX for that, and where a virtual machine hides it,
-    AVX512-BF16 reaches half the fp32 rate (83 against 160 GFLOP/s on one).
-    """
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(found.get("amx_bf16")) or not found.get("avx512_fp16")
 
 
 class Products:

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,9 @@ def _targets(draw: Callable, tokens: int, vocab: int) -> Callable:
 def _linear_cross_entropy(t: int, v: int, h: int) -> Problem:
     peers = {}
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-        peers["F.linear_cross_entropy"] = lambda x, w, target: F.linear_cross_entropy(x, w, target)
+        peers["F.linear_cross_entropy"] = F.linear_cross_entropy  # whole logits, as in eager
+        chunked = torch.nn.LinearCrossEntropyOptions()
+        peers["F.linear_cross_entropy chunked"] = partial(F.linear_cross_entropy, options=chunked)
     return Problem(
         "linear_cross_entropy",
         "linear_cross_entropy",
