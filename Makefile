@@ -43,6 +43,7 @@ report: venv  ## the README's tables, made from the committed rows
 
 peers: venv  ## the optional peers that benchmarks compare with
 	$(RUN) -m pip install -q -c constraints.txt -e '.[hf,liger]'
+	$(RUN) -m pip install -q --no-deps megatron-core==0.16.1 packaging
 
 triton36:  ## the oldest supported Triton, beside the environment, for ahead-of-time tests
 	$(PYTHON) -m pip install -q --target .triton36 --no-deps triton==3.6.0

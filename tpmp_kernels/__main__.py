@@ -71,15 +71,18 @@ def _refuse(name: str) -> None:
 def _train(argv: list[str]) -> None:
     from tpmp_kernels.training import rank
     from tpmp_kernels.training.config import Config, load
-    from tpmp_kernels.training.config_check import check
+    from tpmp_kernels.training.config_check import check, check_resumed
     from tpmp_kernels.training.launch import launch
     from tpmp_kernels.training.overrides import override
 
     if argv[:1] in (["-h"], ["--help"]):
         override(Config(), ["--help"])
     path, resume, rest = _train_arguments(argv)
-    config = override(load(path), rest)
+    saved = load(path)
+    config = override(saved, rest)
     check(config)
+    if resume:
+        check_resumed(config, saved)
     launch(rank.train, (config, resume), ranks=config.ranks, preload=rank.PRELOAD)
 
 
@@ -104,8 +107,9 @@ def _train_arguments(argv: list[str]) -> tuple[Path, Path | None, list[str]]:
 
 def _schedule(argv: list[str]) -> None:
     from tpmp_kernels.pipeline import command
+    from tpmp_kernels.training.schedule_model import read_model
 
-    command.run(argv)
+    command.run(argv, read_model)
 
 
 def _bench(argv: list[str]) -> None:

@@ -13,18 +13,20 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor
 
 from tpmp_kernels.errors import UsageError
+from tpmp_kernels.tensor_parallel.state_dict import as_dtensor
 
-Placed = tuple[Tensor, Placement]
+# This rank's tensor, and the parameter that it is or belongs to, whose marks say which part of the whole it is.
+Placed = tuple[Tensor, Tensor]
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Placed], tp_mesh: DeviceMesh) -> Path:
     """Write the tensors of every rank as step `step`, and return the checkpoint's path. Collective over all ranks.
 
-    tensors: name -> (this rank's local tensor, its placement over `tp_mesh`); names are global, a name may stand on the
-    ranks of one pipeline stage only.
+    tensors: by global name; a name may stand on the ranks of one pipeline stage only. What ranks share is written once,
+    and every shape is that of the whole: another tp or pp can load it.
     """
     path = folder / f"step-{step:08d}"
     partial = path.with_suffix(".partial")
@@ -60,7 +62,4 @@ def _step_of(path: Path) -> int | None:
 
 
 def _as_dtensors(tensors: Mapping[str, Placed], tp_mesh: DeviceMesh) -> dict[str, DTensor]:
-    return {
-        name: DTensor.from_local(tensor.detach(), tp_mesh, [placement], run_check=False)
-        for name, (tensor, placement) in tensors.items()
-    }
+    return {name: as_dtensor(tensor, parameter, tp_mesh) for name, (tensor, parameter) in tensors.items()}

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import interpreter
 import linear_cases  # noqa: F401
+import loss_cases  # noqa: F401
 import neighbour_cases  # noqa: F401
 
 if __name__ == "__main__":

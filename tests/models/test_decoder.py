@@ -1,5 +1,6 @@
 """The assembled decoder against the stock-torch reference in fp64: loss and every gradient, whole and sharded, with and
-without sequence parallelism, with fewer key and value heads than ranks, in one part and in two."""
+without sequence parallelism, with fewer key and value heads than ranks, in one part and in two, with dropout and a tied
+head."""
 
 import itertools
 import subprocess
@@ -13,11 +14,15 @@ import torch.nn.functional as F
 
 from tpmp_kernels.comm import SelfCommunicator, communicator
 from tpmp_kernels.models import Decoder, ModelConfig, ReferenceDecoder, initialize
-from tpmp_kernels.tensor_parallel import reduce_partial_gradients, shard_of
+from tpmp_kernels.tensor_parallel import DropoutKey, reduce_partial_gradients, shard_of
+from tpmp_kernels.tensor_parallel.dropout import dropout_mask
 
 CONFIG = ModelConfig(vocab_size=61, hidden=32, layers=2, heads=8, kv_heads=4, ffn=48)
 # fp64 rounding (1e-16) through two layers and some hundred-term sums, relative to the largest entry of each gradient.
 BOUND = 1e-12
+NEW = replace(CONFIG, dropout=0.25, tie_embeddings=True)
+TURN = {"step": 3, "microbatch": 2}
+KEY = DropoutKey(seed=7, layer=0, **TURN)
 
 
 def batch():
@@ -32,14 +37,13 @@ def reference(config: ModelConfig):
     initialize(model, seed=1, layers=config.layers, std=0.3)
     model.double()
     tokens, targets = batch()
-    logits = model(tokens).flatten(0, 1)
+    logits = model(tokens, [KEY]).flatten(0, 1)
     loss = F.cross_entropy(logits, targets.flatten(), reduction="sum")
     loss.backward()
     return loss.item(), logits.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def check(comm, config: ModelConfig, sequence_parallel: bool = False, parts: int = 1) -> None:
-    tokens, targets = batch()
+def cut(comm, config: ModelConfig, sequence_parallel: bool, parts: int) -> list[Decoder]:
     bounds = [config.layers * part // parts for part in range(parts + 1)]
     stages = [
         Decoder(
@@ -47,15 +51,22 @@ def check(comm, config: ModelConfig, sequence_parallel: bool = False, parts: int
             comm,
             range(start, stop),
             sequence_parallel=sequence_parallel,
-            sequence=tokens.shape[1],
+            sequence=batch()[0].shape[1],
+            dropout_seed=KEY.seed,
             dtype=torch.float64,
         )
         for start, stop in itertools.pairwise(bounds)
     ]
-    x = tokens
     for stage in stages:
         initialize(stage, seed=1, layers=config.layers, std=0.3, comm=comm)
-        x = stage(x)
+    return stages
+
+
+def check(comm, config: ModelConfig, sequence_parallel: bool = False, parts: int = 1) -> None:
+    x, targets = batch()
+    stages = cut(comm, config, sequence_parallel, parts)
+    for stage in stages:
+        x = stage(x, **TURN)
     ours = stages[-1].loss(x, targets)
     ours.backward()
     loss, logits, grads = reference(config)
@@ -66,7 +77,11 @@ def check(comm, config: ModelConfig, sequence_parallel: bool = False, parts: int
     found = {}
     for stage in stages:
         reduce_partial_gradients(stage, comm)
-        found |= dict(stage.named_parameters())
+        for name, parameter in stage.named_parameters():
+            if name in found:  # a tied weight
+                assert torch.equal(parameter, found[name])
+                parameter.grad += found[name].grad
+            found[name] = parameter
     assert found.keys() == grads.keys()
     for name, parameter in found.items():
         want = shard_of(grads[name], parameter, comm)
@@ -94,6 +109,81 @@ def test_sharded_decoder_equals_the_reference(ranks, size, kv_heads, sequence_pa
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_two_parts_of_it_equal_the_reference(ranks, sequence_parallel):
     ranks(2).run(run_check, CONFIG, sequence_parallel, 2)
+
+
+@pytest.mark.parametrize(("parts", "sequence_parallel"), [(1, False), (1, True), (2, False), (2, True)])
+@pytest.mark.parametrize("size", [1, 2])
+def test_dropout_and_a_tied_head_equal_the_reference(ranks, size, parts, sequence_parallel):
+    if size == 1:
+        check(SelfCommunicator(), NEW, sequence_parallel, parts)
+    else:
+        ranks(size).run(run_check, NEW, sequence_parallel, parts)
+
+
+def masks(comm, sequence_parallel: bool, parts: int):
+    """The loss, the places where dropout stands by name, and by place what is kept."""
+    (x, targets), names, kept = batch(), {}, {}
+
+    def note(name):
+        def hook(module, args, output):
+            names[module.place], kept[module.place] = name, (output != 0).flatten(0, -2)
+
+        return hook
+
+    stages = cut(comm, NEW, sequence_parallel, parts)
+    for stage in stages:
+        for name, module in stage.named_modules():
+            if hasattr(module, "place"):
+                module.register_forward_hook(note(name))
+        x = stage(x, **TURN)
+    return stages[-1].loss(x, targets).item(), names, kept
+
+
+def run_masks(*args):
+    with communicator(dist.group.WORLD, name="masks") as comm:
+        return masks(comm, *args)
+
+
+def test_the_masks_are_parts_of_one_whole_however_the_model_is_cut(ranks):
+    shape = torch.Size((4 * 17, CONFIG.hidden))
+    wholes = [dropout_mask(shape, NEW.dropout, replace(KEY, layer=place)) for place in range(2 * CONFIG.layers + 1)]
+    places = ["embed_dropout"]
+    places += [f"layers.{i}.{name}_dropout" for i in range(CONFIG.layers) for name in ("self_attn", "mlp")]
+    losses = {}
+    for size, *how in itertools.product((1, 2), (False, True), (1, 2)):
+        results = [masks(SelfCommunicator(), *how)] if size == 1 else ranks(size).run(run_masks, *how)
+        losses.setdefault(size, set()).update(loss for loss, *_ in results)
+        for rank, (_, names, kept) in enumerate(results):
+            assert [names[place] for place in range(len(places))] == places
+            for place, whole in enumerate(wholes):
+                assert torch.equal(kept[place], whole.chunk(size)[rank] if how[0] else whole)
+    assert [len(each) for each in losses.values()] == [1, 1], losses  # the same bits for every cut at the same tp
+
+
+def test_evaluation_drops_nothing_and_asks_for_no_step():
+    tokens, _ = batch()
+    results = []
+    for config in (NEW, replace(NEW, dropout=0.0)):
+        (model,) = cut(SelfCommunicator(), config, False, 1)
+        results.append(model.train(config.dropout == 0)(tokens))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("turn", "got"), [({}, "step=None and microbatch=None"), ({"step": 3}, "step=3 and mic")])
+def test_dropout_in_training_must_know_its_step_and_microbatch(turn, got):
+    with pytest.raises(ValueError, match=f"Decoder: dropout of 0.25 in training needs step and .*, got {got}.*; pass"):
+        Decoder(NEW, SelfCommunicator())(batch()[0], **turn)
+
+
+def test_a_tied_head_has_no_weight_of_its_own():
+    comm = SelfCommunicator()
+    whole = Decoder(NEW, comm)
+    assert whole.lm_head.weight is whole.embed_tokens.weight
+    assert "lm_head.weight" not in dict(whole.named_parameters())
+    names = [dict(Decoder(NEW, comm, range(i, i + 1)).named_parameters()).keys() for i in range(2)]
+    assert names[0] | names[1] == dict(whole.named_parameters()).keys()
+    assert names[0] & names[1] == {"embed_tokens.weight"}
+    assert not any("embed" in name for name in dict(Decoder(CONFIG, comm, range(1, 2)).named_parameters()))
 
 
 def test_stages_hold_disjoint_parts_of_the_same_whole():

@@ -42,7 +42,7 @@ def _linear(form: str) -> Problem:
         "linear_cross_entropy",
         ((3, 5, 7), (11, 7)),
         lambda room, x, w: room.linear_cross_entropy(x, w, _target(x), **FORMS[form]),
-        lambda x, w: (x, w, _target(x), None, None, *fields(**FORMS[form])),
+        lambda x, w: (x, w, _target(x), None, None, False, *fields(**FORMS[form])),
     )
 
 
@@ -55,7 +55,7 @@ def _drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def _of_logits(with_statistics: bool, form: str) -> tuple:
-    z, statistics, dloss = _drawn((3, 5, 11), (2, 15), (3, 5))
+    z, statistics, dloss = _drawn((3, 5, 11), (3, 15), (3, 5))
     options = fields(**FORMS[form])
     if not with_statistics:
         return z, TARGET, *options
@@ -63,7 +63,7 @@ def _of_logits(with_statistics: bool, form: str) -> tuple:
 
 
 def _of_features(extra: tuple, form: str, *, backward: bool = False) -> tuple:
-    x, w, statistics, dloss = _drawn((3, 5, 7), (11, 7), (2, 15), (3, 5))
+    x, w, statistics, dloss = _drawn((3, 5, 7), (11, 7), (3, 15), (3, 5))
     options = fields(**FORMS[form])
     if not backward:
         return x, w, TARGET, *extra, *options
@@ -80,13 +80,16 @@ INNER = [
     *(_inner("cross_entropy_backward", f, lambda f=f: _of_logits(True, f)) for f in FORMS),
     *(_inner("linear_cross_entropy_saved", f, lambda f=f: _of_features((), f)) for f in FORMS),
     *(
-        _inner("linear_cross_entropy_backward", f"{f}{needed}", lambda f=f, n=needed: _of_features(n, f, backward=True))
+        _inner(
+            "linear_cross_entropy_backward", f"{f}{needed}",
+            lambda f=f, n=needed: _of_features((*n, False), f, backward=True),
+        )
         for f, needed in zip(FORMS, _FLAGS, strict=True)
     ),
     *(
         _inner(
             "linear_cross_entropy_with_gradients", f"{needed}{wide}",
-            lambda n=needed, w=wide: _of_features((1.0, *n, w), "mean"),
+            lambda n=needed, w=wide: _of_features((1.0, *n, w, False), "mean"),
         )
         for needed in _FLAGS
         for wide in (False, True)

@@ -43,9 +43,10 @@ def test_random_problems_are_no_worse_than_the_composition(dtype, gated, seed):
         torch.manual_seed(seed)
         upstream = torch.randn(y.shape, dtype=torch.float64).to(dtype).to(y.dtype)
         results.append([y.detach(), *torch.autograd.grad(y, tensors, upstream)])
+    unit = 2.0**-49 if dtype is torch.float64 else None  # there the oracle rounds as often as what it judges
     for ours, theirs, exact in zip(*results, strict=True):
         assert ours.dtype == dtype and ours.shape == exact.shape
-        assert_no_worse_than_torch(ours, theirs, exact)
+        assert_no_worse_than_torch(ours, theirs, exact, unit)
 
 
 @pytest.mark.parametrize("mlp", MLPS, ids=lambda p: p.name)

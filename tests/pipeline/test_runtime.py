@@ -125,6 +125,24 @@ def test_one_rank_runs_a_schedule_alone():
     assert runtime.step(*data(3)).losses == one_process(1, 3)[0][:3]
 
 
+class Told(nn.Linear):
+    """Notes which step and microbatch each call is for."""
+
+    def forward(self, x, *, step, microbatch):
+        self.turns.append((step, microbatch))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("given", [{}, {"step": 5}])
+def test_a_numbered_stage_is_told_step_and_microbatch(given):
+    module = Told(WIDTH, WIDTH)
+    module.turns = []
+    stages = {0: Stage(module, loss=squared_error, numbered=True)}
+    plan = build("1f1b", ranks=1, microbatches=3)
+    Runtime(plan, stages, SelfCommunicator(), shape=(ROWS, WIDTH), dtype=torch.float32).step(*data(3), **given)
+    assert module.turns == [(given.get("step"), m) for m in range(3)]
+
+
 def test_a_schedule_that_the_runtime_cannot_compute_is_refused():
     actions = tuple(Action(kind, 0, 0) for kind in (Kind.F, Kind.B, Kind.W))
     with pytest.raises(ScheduleError, match="the runtime computes F and BW, but schedule mine has B, W; choose one"):

@@ -105,7 +105,7 @@ CASES = {
     "a replica drifts": (
         {"plan": parallel, "optimizer": mistakes.Drifts},
         ("norm", "replicas", None, "replica"),
-        "norm.weight, replicas: behind the step tp rank 1 and the first rank that holds the same differ in their bits",
+        "norm.weight, replicas: behind the step rank 1 and the first rank that holds the same differ in their bits",
     ),
     "a layer is left out": (
         {"plan": mistakes.without_a_layer, "tp": 1, "pp": 2},

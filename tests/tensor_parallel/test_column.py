@@ -1,11 +1,13 @@
 """Column layers on one x: what is sent, when, and what is kept; gradients wherever they are wanted, and refusals."""
 
+import copy
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tpmp_kernels import ops
@@ -14,9 +16,10 @@ from tpmp_kernels.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelHead,
-    column,
     column_linears,
+    copies,
     gate_and_up,
+    parallelize,
     shard_of,
 )
 
@@ -81,7 +84,7 @@ def run_recorded(overlaps: bool, sequence_parallel: bool):
             comm.events.append("wgrad")
             return ops.main_grad.weight_grad(*args)
 
-        with patch.object(column, "weight_grad", recorded):
+        with patch.object(copies, "weight_grad", recorded):
             torch.autograd.backward(outputs, [y.clone() for y in outputs])
         return forward, comm.events
 
@@ -101,6 +104,49 @@ GATHER, REDUCE, SCATTER = (["post " + k, "wait " + k] for k in ("all_gather", "a
 def test_one_call_serves_all_layers_behind_their_weights(ranks, overlaps, sequence_parallel, forward, backward):
     for sent in ranks(2).run(run_recorded, overlaps, sequence_parallel):
         assert sent == (forward, backward)
+
+
+class Siblings(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(HIDDEN, WIDE, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.a(x), self.b(x)
+
+
+def run_siblings(overlaps: bool) -> list[str]:
+    """Of a module of someone's own, which calls its layers one by one, and one of them not at all."""
+    with communicator(dist.group.WORLD, name="siblings") as plain:
+        comm, exact = Recorded(plain, overlaps), Siblings()
+        ours = parallelize(copy.deepcopy(exact), comm, {"*": "colwise"})
+        seen = []
+        ours.c.weight.register_hook(seen.append)
+        x, mine = (integers(TOKENS, HIDDEN, seed=20).requires_grad_() for _ in range(2))
+        outputs, comm.events = ours(mine), []
+
+        def recorded(*args):
+            comm.events.append("wgrad")
+            return ops.main_grad.weight_grad(*args)
+
+        with patch.object(copies, "weight_grad", recorded):
+            sum(y.sum() for y in outputs).backward()
+        events = comm.events
+        sum(y.sum() for y in exact(x)).backward()
+        torch.testing.assert_close(mine.grad, x.grad)
+        for name, whole in exact.named_parameters():
+            parameter = ours.get_parameter(name)
+            if name.startswith("c"):
+                assert parameter.grad is None and not seen
+            else:
+                torch.testing.assert_close(parameter.grad, shard_of(whole.grad, parameter, comm))
+        return events
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_layers_called_one_by_one_reduce_once_behind_their_weights(ranks, overlaps):
+    expected = [REDUCE[0], "wgrad", "wgrad", REDUCE[1]] if overlaps else [*REDUCE, "wgrad", "wgrad"]
+    assert ranks(2).run(run_siblings, overlaps) == [expected] * 2
 
 
 def run_kept(gated: bool):

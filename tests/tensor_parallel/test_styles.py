@@ -1,7 +1,6 @@
 """The styles, applied by torch's own parallelize_module, against the whole module. Small integers as values: every sum
 is exact, so bits must agree."""
 
-import functools
 import gc
 import itertools
 import pickle
@@ -9,20 +8,17 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from tiny_llama import HIDDEN, Llama, far, loss_of, tokens, whole
+from placed import WHOLE, integers, part, tp
+from tiny_llama import HIDDEN, Llama, far
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import parallelize_module
 
 from tpmp_kernels.comm import SelfCommunicator
 from tpmp_kernels.errors import TransportError
 from tpmp_kernels.tensor_parallel import (
     ColwiseParallel,
-    PrepareModuleInput,
-    PrepareModuleInputOutput,
-    PrepareModuleOutput,
     ReplicateParallel,
     RowwiseParallel,
     SequenceParallel,
@@ -33,19 +29,7 @@ from tpmp_kernels.tensor_parallel import (
 )
 
 BATCH, SEQUENCE, IN, OUT, IDS = 4, 8, 12, 16, 20
-WHOLE, LAYOUTS = Replicate(), (Replicate(), Shard(0), Shard(1), Shard(-1))
-
-
-def tp() -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-
-
-def integers(*shape: int, seed: int) -> Tensor:
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).to(torch.float64)
-
-
-def part(x: Tensor, layout: Placement, mesh: DeviceMesh) -> Tensor:
-    return x.chunk(mesh.size(), layout.dim)[mesh.get_local_rank()] if isinstance(layout, Shard) else x
+LAYOUTS = (WHOLE, Shard(0), Shard(1), Shard(-1))
 
 
 def stock(kind: str) -> tuple[nn.Module, Tensor]:
@@ -104,81 +88,6 @@ def test_every_layout_in_front_and_behind_equals_the_whole_layer_bitwise(ranks, 
     assert ranks(size).run(run_layouts, kind, style) == [[]] * size
 
 
-# The plan of torch's tensor-parallel tutorial, for its Llama with sequence parallelism.
-BLOCK = {
-    "input_layernorm": SequenceParallel(),
-    "self_attn": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-    "self_attn.q_proj": ColwiseParallel(use_local_output=False),
-    "self_attn.k_proj": ColwiseParallel(use_local_output=False),
-    "self_attn.v_proj": ColwiseParallel(use_local_output=False),
-    "self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
-    "post_attention_layernorm": SequenceParallel(),
-    "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-    "mlp.gate_proj": ColwiseParallel(),
-    "mlp.up_proj": ColwiseParallel(),
-    "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
-}
-
-
-def ends(sharded_logits: bool) -> dict:
-    head = {"output_layouts": Shard(-1), "use_local_output": False} if sharded_logits else {"output_layouts": WHOLE}
-    return {
-        "embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "norm": SequenceParallel(),
-        "lm_head": ColwiseParallel(input_layouts=Shard(1), **head),
-    }
-
-
-class Attention(nn.Module):
-    """The tutorial's, which goes on with DTensors: heads are counted over all ranks."""
-
-    def __init__(self, stock: nn.Module):
-        super().__init__()
-        self.size = stock.size
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = stock.q_proj, stock.k_proj, stock.v_proj, stock.o_proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (p(x) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (y.view(*y.shape[:2], HIDDEN // self.size, self.size).transpose(1, 2) for y in (q, k, v))
-        weights = (q @ k.transpose(2, 3) / self.size**0.5).softmax(-1)
-        return self.o_proj((weights @ v).transpose(1, 2).reshape(*x.shape[:2], HIDDEN))
-
-
-def tutorial_model() -> nn.Module:
-    model = Llama()
-    for layer in model.layers:
-        layer.self_attn = Attention(layer.self_attn)
-    return model
-
-
-def run_tutorial(sharded_logits: bool) -> tuple[float, list]:
-    mesh, model = tp(), tutorial_model()
-    for layer in model.layers:
-        parallelize_module(layer, mesh, BLOCK)
-    parallelize_module(model, mesh, ends(sharded_logits))
-    exact = tutorial_model()
-    exact_logits = exact(tokens())
-    loss_of(exact_logits).backward()
-    logits = model(tokens())
-    if sharded_logits:
-        with loss_parallel():
-            loss_of(logits).backward()
-        logits = logits.full_tensor()
-    else:
-        loss_of(logits).backward()
-    grads = dict(exact.named_parameters())
-    comm = communicator_of(mesh)
-    worst = max(far(p.grad, shard_of(grads[name].grad, p, comm)) for name, p in model.named_parameters())
-    return far(logits, exact_logits), worst, list(model.state_dict()) == list(exact.state_dict())
-
-
-@pytest.mark.parametrize("sharded_logits", [False, True], ids=["whole logits", "loss_parallel"])
-@pytest.mark.parametrize("size", [2, 4])
-def test_the_plan_of_torchs_tutorial_works_with_our_styles(ranks, size, sharded_logits):
-    for logits, worst, same_names in ranks(size).run(run_tutorial, sharded_logits):
-        assert logits < 64 and worst < 512 and same_names
-
-
 def run_in_place() -> None:
     mesh, rank = tp(), dist.get_rank()
     layer = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(OUT, IN))
@@ -226,6 +135,61 @@ def test_tied_weights_stay_tied(ranks):
     ranks(2).run(run_tied)
 
 
+def run_shared_heads(heads: int, defers: bool) -> list[float]:
+    """q and o by heads, k and v with fewer heads than ranks."""
+    from tpmp_kernels.tensor_parallel.layouts import Group
+
+    mesh, model = tp(), Llama(kv_heads=heads, bias=True)
+    comm, attention = communicator_of(mesh), model.layers[0].self_attn
+    exact = Llama(kv_heads=heads, bias=True).layers[0].self_attn
+    styles = {"q_proj": ColwiseParallel(), "o_proj": RowwiseParallel()}
+    styles |= {name: ColwiseParallel(heads=heads) for name in ("k_proj", "v_proj")}
+    for name, style in styles.items():
+        style.install(name, getattr(attention, name), Group(comm, mesh), defers=defers)
+    x = torch.randn(2, 4, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+    y, exact_y = attention(mine), exact(theirs)
+    y.sum().backward()
+    exact_y.sum().backward()
+    if defers:
+        reduce_partial_gradients(attention, comm)
+    grads = dict(exact.named_parameters())
+    found = [far(y, exact_y), far(mine.grad, theirs.grad)]
+    assert defers or not any(hasattr(p, "tp_partial_grad") for p in attention.parameters())
+    for name, p in attention.named_parameters():
+        whole = grads[name].grad
+        found.append(far(p.grad, shard_of(whole, p, comm), whole))
+    return found
+
+
+@pytest.mark.parametrize("defers", [False, True])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_fewer_heads_than_ranks_are_shared_by_neighbours(ranks, heads, defers):
+    assert max(itertools.chain(*ranks(4).run(run_shared_heads, heads, defers))) < 64
+
+
+def run_norm(defers: bool, thawed: bool) -> None:
+    from tpmp_kernels.tensor_parallel.layouts import Group
+
+    mesh = tp()
+    comm, x, grad = communicator_of(mesh), integers(2, 8, 4, seed=1), integers(2, 8, 4, seed=2)
+    norm, exact = (nn.LayerNorm(4).double() for _ in range(2))
+    norm.requires_grad_(not thawed)
+    SequenceParallel(use_local_output=True).install("norm", norm, Group(comm, None), defers=defers)
+    norm.requires_grad_()
+    norm(part(x, Shard(1), mesh)).backward(part(grad, Shard(1), mesh))
+    exact(x).backward(grad)
+    if defers:
+        reduce_partial_gradients(norm, comm)
+    assert far(norm.weight.grad, exact.weight.grad) < 16
+    assert torch.equal(norm.bias.grad, exact.bias.grad)
+
+
+@pytest.mark.parametrize(("defers", "thawed"), [(False, False), (False, True), (True, False)])
+def test_gradients_of_a_norm_on_parts_of_the_sequence_are_added(ranks, defers, thawed):
+    ranks(4).run(run_norm, defers, thawed)
+
+
 def run_owner() -> None:
     whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     comm = communicator_of(whole)
@@ -252,109 +216,6 @@ def run_owner() -> None:
 
 def test_the_communicator_is_made_once_a_mesh_dimension_and_closed_with_the_mesh(ranks):
     ranks(4).run(run_owner)
-
-
-def run_shared_heads(heads: int, defers: bool) -> list[float]:
-    """q and o by heads, k and v with fewer heads than ranks."""
-    from tpmp_kernels.tensor_parallel.layouts import Group
-
-    mesh, model = tp(), Llama(kv_heads=heads, bias=True)
-    comm, attention = communicator_of(mesh), model.layers[0].self_attn
-    exact = Llama(kv_heads=heads, bias=True).layers[0].self_attn
-    styles = {"q_proj": ColwiseParallel(), "o_proj": RowwiseParallel()}
-    styles |= {name: ColwiseParallel(heads=heads) for name in ("k_proj", "v_proj")}
-    for name, style in styles.items():
-        style.install(name, getattr(attention, name), Group(comm, mesh), defers=defers)
-    x = torch.randn(2, 4, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    mine, theirs = (x.clone().requires_grad_() for _ in range(2))
-    y, exact_y = attention(mine), exact(theirs)
-    y.sum().backward()
-    exact_y.sum().backward()
-    if defers:
-        reduce_partial_gradients(attention, comm)
-    grads = dict(exact.named_parameters())
-    found = [far(y, exact_y), far(mine.grad, theirs.grad)]
-    assert defers or not any(hasattr(p, "tp_partial_grad") for p in attention.parameters())
-    return found + [far(p.grad, shard_of(grads[name].grad, p, comm)) for name, p in attention.named_parameters()]
-
-
-@pytest.mark.parametrize("defers", [False, True])
-@pytest.mark.parametrize("heads", [1, 2])
-def test_fewer_heads_than_ranks_are_shared_by_neighbours(ranks, heads, defers):
-    assert max(itertools.chain(*ranks(4).run(run_shared_heads, heads, defers))) < 64
-
-
-class Two(nn.Module):
-    def forward(self, x: Tensor, scale: float, *, y: Tensor) -> tuple[Tensor, str]:
-        return x * scale + y, "aside"
-
-
-def run_prepare(plain: bool) -> None:
-    mesh = tp()
-    style = PrepareModuleInputOutput(
-        input_layouts=(Shard(0), None),
-        desired_input_layouts=(WHOLE, None),
-        input_kwarg_layouts={"y": Shard(1)},
-        desired_input_kwarg_layouts={"y": WHOLE},
-        use_local_input=plain,
-        output_layouts=(WHOLE, None),
-        desired_output_layouts=(Shard(1), None),
-        use_local_output=plain,
-    )
-    module = parallelize_module(Two(), mesh, style)
-    x, y = integers(4, 8, seed=1), integers(4, 8, seed=2)
-    mine = part(x, Shard(0), mesh).clone().requires_grad_()
-    out, aside = module(mine, 3.0, y=part(y, Shard(1), mesh))
-    assert aside == "aside" and isinstance(out, DTensor) == (not plain)
-    out = out if plain else out.to_local()
-    grad = integers(4, 8, seed=3)
-    out.backward(part(grad, Shard(1), mesh))
-    assert torch.equal(out, part(3 * x + y, Shard(1), mesh))
-    assert torch.equal(mine.grad, part(3 * grad, Shard(0), mesh))
-    with pytest.raises(ValueError, match="1 values for 2 layouts"):
-        module(mine, y=y)
-
-
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "DTensor"])
-def test_arguments_and_results_are_brought_into_the_desired_layouts(ranks, plain):
-    ranks(2).run(run_prepare, plain)
-
-
-def run_partial_output() -> None:
-    mesh = tp()
-    style = PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=WHOLE)
-    module = parallelize_module(nn.Identity(), mesh, style)
-    x = integers(3, seed=mesh.get_local_rank()).requires_grad_()
-    y = module(x)
-    y.backward(integers(3, seed=9))
-    assert torch.equal(y, sum(integers(3, seed=r) for r in range(mesh.size())))
-    assert torch.equal(x.grad, integers(3, seed=9))
-
-
-def test_partial_sums_of_a_module_are_added(ranks):
-    ranks(2).run(run_partial_output)
-
-
-def run_norm(defers: bool, thawed: bool) -> None:
-    from tpmp_kernels.tensor_parallel.layouts import Group
-
-    mesh = tp()
-    comm, x, grad = communicator_of(mesh), integers(2, 8, 4, seed=1), integers(2, 8, 4, seed=2)
-    norm, exact = (nn.LayerNorm(4).double() for _ in range(2))
-    norm.requires_grad_(not thawed)
-    SequenceParallel(use_local_output=True).install("norm", norm, Group(comm, None), defers=defers)
-    norm.requires_grad_()
-    norm(part(x, Shard(1), mesh)).backward(part(grad, Shard(1), mesh))
-    exact(x).backward(grad)
-    if defers:
-        reduce_partial_gradients(norm, comm)
-    assert far(norm.weight.grad, exact.weight.grad) < 16
-    assert torch.equal(norm.bias.grad, exact.bias.grad)
-
-
-@pytest.mark.parametrize(("defers", "thawed"), [(False, False), (False, True), (True, False)])
-def test_gradients_of_a_norm_on_parts_of_the_sequence_are_added(ranks, defers, thawed):
-    ranks(4).run(run_norm, defers, thawed)
 
 
 class Scaled(nn.Linear):
@@ -401,26 +262,7 @@ def test_dtensors_without_a_mesh_are_refused():
         ColwiseParallel(use_local_output=False).check("name", nn.Linear(8, 8), 2, has_mesh=False)
 
 
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (functools.partial(ColwiseParallel, output_layouts=Partial()), "output_layouts is Partial"),
-        (functools.partial(PrepareModuleInput, input_layouts=(WHOLE, WHOLE), desired_input_layouts=WHOLE), "as many"),
-        (functools.partial(PrepareModuleInput, input_layouts=WHOLE), "as many"),
-        (functools.partial(PrepareModuleInput, input_kwarg_layouts={"x": WHOLE}), "different arguments"),
-    ],
-)
-def test_layouts_that_make_no_sense_are_refused(make, match):
-    with pytest.raises(ValueError, match=match):
-        make()
-
-
 def test_styles_of_equal_options_are_equal():
     assert ColwiseParallel() == ColwiseParallel(input_layouts=Replicate()) != ColwiseParallel(output_layouts=WHOLE)
     assert ColwiseParallel() != RowwiseParallel() and ReplicateParallel() != SequenceParallel()
     assert "heads=2" in repr(ColwiseParallel(heads=2))
-
-
-def test_whole_model_of_the_tests_has_gradients_everywhere():
-    assert all(grad.abs().max() > 1e-4 for grad in whole(bias=True, qk_norm=True)[1].values())
-    assert not F.embedding(tokens(), whole(padding=3)[1]["embed_tokens.weight"])[tokens() == 3].any()

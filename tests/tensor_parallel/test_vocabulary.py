@@ -51,10 +51,11 @@ def test_rows_of_padding_are_zero_before_anybody_fills_them():
         assert module.weight[:VOCAB].isnan().all() and (module.weight[VOCAB:] == 0).all()
 
 
-def run_padding(sequence_parallel: bool):
+def run_padding(sequence_parallel: bool, padded: int):
+    how = {"padded_vocab": padded, "sequence_parallel": sequence_parallel}
     with communicator(dist.group.WORLD, name="padding") as comm:
-        embed = VocabParallelEmbedding(VOCAB, HIDDEN, comm, sequence_parallel=sequence_parallel)
-        head = VocabParallelHead(HIDDEN, VOCAB, comm, sequence_parallel=sequence_parallel, weight=embed.weight)
+        embed = VocabParallelEmbedding(VOCAB, HIDDEN, comm, **how)
+        head = VocabParallelHead(HIDDEN, VOCAB, comm, weight=embed.weight, **how)
         torch.manual_seed(comm.rank)
         embed.weight.data[: max(0, VOCAB - comm.rank * len(embed.weight))].normal_()
         tokens = torch.arange(VOCAB + 7).clamp(max=VOCAB - 1)
@@ -65,18 +66,34 @@ def run_padding(sequence_parallel: bool):
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("size", [2, 4])
-def test_padding_has_no_score_and_no_gradient(ranks, size, sequence_parallel):
-    results = ranks(size).run(run_padding, sequence_parallel)
+@pytest.mark.parametrize(("size", "padded"), [(2, 64), (4, 64), (2, 128)])  # on 4, and of 128, a rank has nothing else
+def test_padding_has_no_score_and_no_gradient(ranks, size, padded, sequence_parallel):
+    results = ranks(size).run(run_padding, sequence_parallel, padded)
     losses, logits, grads = zip(*results, strict=True)
     assert len(set(losses)) == 1
     logits, grads = torch.cat(logits, -1), torch.cat(grads)
-    assert logits.shape == (VOCAB + 7, 64) and logits[:, :VOCAB].isfinite().all()
+    assert logits.shape == (VOCAB + 7, padded) and logits[:, :VOCAB].isfinite().all()
     assert (logits[:, VOCAB:] == -torch.inf).all()
     targets = torch.arange(VOCAB + 7).clamp(max=VOCAB - 1).flip(0)
     expected = torch.nn.functional.cross_entropy(logits[:, :VOCAB], targets)
     assert abs(losses[0] - expected) <= 1e-5 * expected
     assert grads[:VOCAB].any(1).all() and not grads[VOCAB:].any()
+
+
+def run_sent(sequence_parallel: bool) -> list[tuple[str, int]]:
+    """The collectives of a loss' backward, and the elements that each gives a rank."""
+    with communicator(dist.group.WORLD, name="sent") as comm:
+        head = VocabParallelHead(HIDDEN, VOCAB, comm, sequence_parallel=sequence_parallel)
+        x = torch.zeros(3 if sequence_parallel else 6, HIDDEN, requires_grad=True)
+        loss, called, collect = head.loss(x, torch.arange(6)), [], comm._collect
+        comm._collect = lambda call, *rest: (called.append((call.kind, call.numel)), collect(call, *rest))[1]
+        loss.backward()
+        return called
+
+
+def test_the_gradient_of_a_shard_of_tokens_is_scattered_as_it_is_added(ranks):
+    assert ranks(2).run(run_sent, True) == [[("reduce_scatter", 3 * HIDDEN)]] * 2
+    assert ranks(2).run(run_sent, False) == [[("all_reduce", 6 * HIDDEN)]] * 2
 
 
 def test_ids_outside_of_the_vocabulary_find_nothing_and_train_nothing():

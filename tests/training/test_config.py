@@ -8,7 +8,7 @@ import pytest
 from tpmp_kernels.errors import UsageError
 from tpmp_kernels.training import config_check
 from tpmp_kernels.training.config import TYPES, Config, from_tables, load, to_toml
-from tpmp_kernels.training.config_check import check
+from tpmp_kernels.training.config_check import check, check_resumed
 from tpmp_kernels.training.overrides import override
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.toml"
@@ -128,6 +128,10 @@ def test_whole_numbers_are_numbers():
         ({"optimizer__lr": float("nan")}, "optimizer.lr: expected more than 0, got nan"),
         ({"optimizer__warmup_steps": -1}, "optimizer.warmup_steps: expected 0 or more, got -1"),
         ({"optimizer__betas": (0.9, 1.0)}, "optimizer.betas: expected two numbers from 0 up to 1, got [0.9, 1.0]"),
+        ({"model__dropout": 1.0}, "model.dropout: expected from 0 up to 1, got 1.0; 0.1 drops a tenth"),
+        ({"model__dropout": -0.1}, "model.dropout: expected from 0 up to 1, got -0.1; 0.1 drops a tenth"),
+        ({"model__dropout": float("nan")}, "model.dropout: expected from 0 up to 1, got nan; 0.1 drops a tenth"),
+        ({"training__seed": -1}, "training.seed: expected from 0 to 2^63 - 1, got -1"),
         ({"data__validation_fraction": 1.0}, "data.validation_fraction: expected between 0 and 1, got 1.0"),
         (
             {"data__source": "no/such.txt"},
@@ -142,9 +146,19 @@ def test_check_refuses(change, sentence):
     assert str(caught.value) == sentence
 
 
+def test_a_resumed_run_keeps_its_model_but_for_dropout():
+    check_resumed(changed(model__dropout=0.1, parallel__tp=1), load(DEMO))
+    with pytest.raises(UsageError) as caught:
+        check_resumed(changed(model__tie_embeddings=True), load(DEMO))
+    assert str(caught.value) == (
+        "model.tie_embeddings: expected False, as in the run that is resumed, got True; leave it out, or start a new "
+        "run"
+    )
+
+
 def test_every_number_is_checked():
     numbers = {name for name, kind in TYPES.items() if kind in (int, float)}
-    elsewhere = {"training.seed", "data.validation_fraction"}
+    elsewhere = {"model.dropout", "training.seed", "data.validation_fraction"}
     assert numbers == {*config_check._POSITIVE, *config_check._NOT_NEGATIVE, *elsewhere}
 
 

@@ -79,5 +79,17 @@ def test_shards_that_ranks_share_are_counted_once():
     assert sum(parts) == 4 * 9.0
 
 
+def test_what_another_stage_counts_is_updated_and_not_counted():
+    layer = nn.Linear(2, 2, bias=False)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.full((2, 2), 3.0)
+    two = nn.ModuleDict({"copy": layer, "own": nn.Linear(2, 1, bias=False)})
+    two["own"].weight.grad = torch.full((1, 2), 2.0)
+    optimizer = Optimizer(two, CONFIG, counts_replicas=True, counted_elsewhere={"copy.weight"})
+    assert optimizer.local_square_norm().item() == 2 * 4.0
+    optimizer.step(0, 1.0)
+    assert not torch.equal(layer.weight, before)
+
+
 def test_learning_rate_warms_up_and_stays():
     assert [learning_rate(CONFIG, s) for s in (0, 1, 3, 4, 99)] == [0.0025, 0.005, 0.01, 0.01, 0.01]

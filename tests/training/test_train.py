@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
 
 CONFIG = """
 [model]
@@ -72,7 +73,9 @@ def losses(run) -> dict[int, float]:
 
 
 def test_trains_proves_and_leaves_its_pictures_and_resumes_bitwise(config, tmp_path):
-    done = train(config)
+    """With dropout, whose masks a resumed run must find again, and a tied embedding, which two stages hold."""
+    both = ["--model.dropout", 0.1, "--model.tie-embeddings", "true"]
+    done = train(config, *both)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "proof fp64: largest relative loss difference over 6 steps" in done.stdout
     assert done.stdout.count(": equal") == 2
@@ -86,7 +89,7 @@ def test_trains_proves_and_leaves_its_pictures_and_resumes_bitwise(config, tmp_p
     assert sorted(whole) == list(range(8))
 
     # A run of 4 steps, continued to 8: the same losses as the uninterrupted one, to the last bit.
-    half = train(config, "--training.steps", 4, "--proof.enabled", "False")
+    half = train(config, *both, "--training.steps", 4, "--proof.enabled", "False")
     assert half.returncode == 0 and (tmp_path / "run-2").is_dir(), half.stdout + half.stderr
     resumed = train("--resume", tmp_path / "run-2", "--training.steps", 8)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
@@ -107,3 +110,7 @@ def test_four_ranks_that_share_heads_and_cut_tokens_are_proved_too(config):
     done = train(config, *argv, "--proof.fp64-steps", 3, "--proof.fp32-steps", 3)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": equal") == 2
+    (saved,) = (config.parent / "run" / "checkpoints").iterdir()
+    sizes = {name: entry.size for name, entry in FileSystemReader(saved).read_metadata().state_dict_metadata.items()}
+    for kind in ("model", "optimizer.exp_avg"):  # each shared row once: a checkpoint for any tp
+        assert sizes[f"{kind}.layers.0.self_attn.k_proj.weight"] == (2 * 8, 32)

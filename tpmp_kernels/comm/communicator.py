@@ -252,6 +252,10 @@ class Communicator(ABC):
             self.abort(f"{type(error).__name__}: {error}")
         self.close()
 
+    def __deepcopy__(self, memo: dict) -> "Communicator":
+        """Itself: a copy of what calls it stands among the same ranks."""
+        return self
+
     def __repr__(self) -> str:
         return f"<{self.transport} communicator {self.name!r}: rank {self.rank} of {self.size}>"
 

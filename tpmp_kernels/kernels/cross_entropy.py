@@ -1,9 +1,9 @@
 """The two passes of a loss over logits: the statistics of each row, and the gradient from them.
 
-Statistics are four numbers a row: peak = max z, total = sum exp(z - peak), the target's logit (0 where it is not among
-these columns) and, if asked for, the sum of the logits. Both kernels take any piece of columns, the ids from `first`
-on, and cap the logits to cap tanh(z / cap) where there is a cap. A program owns whole rows: no atomics, the same bits
-on every run. What is computed from the statistics is in ops/vocab.py.
+Statistics are four numbers a row: peak = max z, others = sum exp(z - peak) but for the target, the target's logit (0
+where it is not among these columns) and, if asked for, the sum of the logits. Both kernels take any piece of columns,
+the ids from `first` on, and cap the logits to cap tanh(z / cap) where there is a cap. A program owns whole rows: no
+atomics, the same bits on every run. What is computed from the statistics is in ops/vocab.py.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def statistics_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = tl.load(target + rows, mask=rows < m, other=0) - tl.cast(first, tl.int64)
     peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    others = tl.zeros((BLOCK_M,), tl.float32)
     target_logit = tl.zeros((BLOCK_M,), tl.float32)
     logit_sum = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, n, BLOCK_N):
@@ -42,23 +42,25 @@ def statistics_kernel(
         logits = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
         if SOFTCAP is not None:
             logits, _ = _capped(logits, SOFTCAP)
-        target_logit += tl.sum(tl.where(mask & (cols[None, :] == place[:, None]), logits, 0.0), axis=1)
+        is_target = mask & (cols[None, :] == place[:, None])
+        target_logit += tl.sum(tl.where(is_target, logits, 0.0), axis=1)
         if LOGIT_SUM:
             logit_sum += tl.sum(tl.where(mask, logits, 0.0), axis=1)
         logits = tl.where(mask, logits, -float("inf"))
         higher = tl.maximum(peak, tl.max(logits, axis=1))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
+        exponentials = tl.where(is_target, 0.0, tl.exp(logits - higher[:, None]))
+        others = others * tl.exp(peak - higher) + tl.sum(exponentials, axis=1)
         peak = higher
     rows_of = tl.cast(m, tl.int64)
     tl.store(found + rows, peak, mask=rows < m)
-    tl.store(found + rows_of + rows, total, mask=rows < m)
+    tl.store(found + rows_of + rows, others, mask=rows < m)
     tl.store(found + 2 * rows_of + rows, target_logit, mask=rows < m)
     tl.store(found + 3 * rows_of + rows, logit_sum, mask=rows < m)
 
 
 @triton.jit(do_not_specialize=["m", "first"])
 def gradient_kernel(
-    z, out, target, peak, scale, truth, shift,
+    z, out, target, peak, scale, target_scale, truth, shift,
     m, n, first,
     z_stride_m, z_stride_n, out_stride_m, out_stride_n,
     SOFTCAP: tl.constexpr,
@@ -73,11 +75,12 @@ def gradient_kernel(
     logits = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
     if SOFTCAP is not None:
         logits, slope = _capped(logits, SOFTCAP)
-    d = tl.exp(logits - _of_rows(peak, rows, m)) * _of_rows(scale, rows, m)
+    is_target = cols[None, :] == place[:, None]
+    d = tl.exp(logits - _of_rows(peak, rows, m))
+    d *= tl.where(is_target, _of_rows(target_scale, rows, m), _of_rows(scale, rows, m))
+    d -= tl.where(is_target, _of_rows(truth, rows, m), 0.0)
     if shift is not None:
         d -= _of_rows(shift, rows, m)
-    # p - 1 before anything is rounded: of a confident token nothing would be left.
-    d -= tl.where(cols[None, :] == place[:, None], _of_rows(truth, rows, m), 0.0)
     if SOFTCAP is not None:
         d *= slope
     places = out + rows[:, None] * out_stride_m + cols[None, :] * out_stride_n
@@ -106,7 +109,7 @@ def _capped(z, SOFTCAP: tl.constexpr):
 
 
 def statistics(z: Tensor, target: Tensor, first: int, softcap: float | None, *, logit_sum: bool) -> Tensor:
-    """[4, M] in fp32: peak, total, target's logit and, if `logit_sum`, the sum of the logits (else 0) of each row.
+    """[4, M] in fp32: peak, others, target's logit and, if `logit_sum`, the sum of the logits (else 0) of each row.
 
     z [M, N], the logits of the ids first .. first + N - 1, fp32, fp16 or bf16, any strides; target [M] int64.
     """
@@ -124,18 +127,19 @@ def gradient(
     first: int,
     peak: Tensor,
     scale: Tensor,
+    target_scale: Tensor,
     truth: Tensor,
     shift: Tensor | None,
     *,
     softcap: float | None,
 ) -> None:
-    """out = (scale exp(z - peak) - shift - truth where the column is the target's) cap'(z), rounded once.
+    """out = (scale exp(z - peak) - shift) cap'(z), of the target (target_scale exp(z - peak) - truth - shift) cap'(z).
 
-    z, target, first as in `statistics`; out [M, N] of any dtype and strides, z itself allowed; peak, scale, truth and
-    shift [M], fp32 and contiguous.
+    Rounded once. z, target, first as in `statistics`; out [M, N] of any dtype and strides, z itself allowed; peak,
+    scale, target_scale, truth and shift [M], fp32 and contiguous.
     """
     if z.numel() > 0:
-        named = gradient_arguments(z, out, target.contiguous(), first, peak, scale, truth, shift, softcap)
+        named = gradient_arguments(z, out, target.contiguous(), first, peak, scale, target_scale, truth, shift, softcap)
         grid = (triton.cdiv(named["m"], named["BLOCK_M"]), triton.cdiv(named["n"], named["BLOCK_N"]))
         _launch(gradient_kernel, named, grid)
 
@@ -154,13 +158,14 @@ def gradient_arguments(
     first: int,
     peak: Tensor,
     scale: Tensor,
+    target_scale: Tensor,
     truth: Tensor,
     shift: Tensor | None,
     softcap: float | None,
 ) -> dict[str, Any]:
     """Every argument of `gradient_kernel` by name."""
     return _common(z, target, first, softcap, GRADIENT_BLOCK) | {
-        "out": out, "peak": peak, "scale": scale, "truth": truth, "shift": shift,
+        "out": out, "peak": peak, "scale": scale, "target_scale": target_scale, "truth": truth, "shift": shift,
         "out_stride_m": out.stride(0), "out_stride_n": out.stride(1),
     }  # fmt: skip
 

@@ -25,6 +25,10 @@ class ModelConfig:
     """Base of the rotary wavelengths."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
+    dropout: float = 0.0
+    """Share of elements dropped, in training alone, of the embedding and of what each attention and MLP adds to it."""
+    tie_embeddings: bool = False
+    """Let the head use the embedding's weight."""
 
     @property
     def padded_vocab(self) -> int:

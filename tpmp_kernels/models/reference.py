@@ -1,17 +1,36 @@
 """The same decoder in stock torch modules, unsharded and unfused: the oracle of tests and of the proof.
 
-It shares nothing with decoder.py but the config and the parameter names, so that a mistake in a sharded layer, a fused
-op or a collective cannot be in both.
+It shares nothing with decoder.py but the config, the parameter names and the whole masks of dropout, so that a mistake
+in a sharded layer, a fused op or a collective cannot be in both.
 """
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from tpmp_kernels.models.config import ModelConfig
+from tpmp_kernels.tensor_parallel.dropout import DropoutKey, dropout_mask
+
+
+class ReferenceDropout(nn.Module):
+    def __init__(self, place: int, p: float):
+        super().__init__()
+        self.place, self.p = place, p
+
+    def forward(self, x: Tensor, keys: Sequence[DropoutKey]) -> Tensor:
+        if not keys or self.p == 0:
+            return x
+        kept = [
+            dropout_mask(part.shape, self.p, replace(key, layer=self.place), device=x.device)
+            for key, part in zip(keys, x.chunk(len(keys)), strict=True)
+        ]
+        return x * torch.cat(kept) / (1 - self.p)
 
 
 class ReferenceLayer(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, number: int, config: ModelConfig):
         super().__init__()
         self.config = config
         width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
@@ -32,11 +51,14 @@ class ReferenceLayer(nn.Module):
                 "down_proj": nn.Linear(config.ffn, config.hidden, bias=False),
             }
         )
+        self.self_attn_dropout = ReferenceDropout(2 * number + 1, config.dropout)
+        self.mlp_dropout = ReferenceDropout(2 * number + 2, config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.input_layernorm(x))
+    def forward(self, x: Tensor, keys: Sequence[DropoutKey]) -> Tensor:
+        x = x + self.self_attn_dropout(self.attention(self.input_layernorm(x)), keys)
         h, mlp = self.post_attention_layernorm(x), self.mlp
-        return x + mlp["down_proj"](nn.functional.silu(mlp["gate_proj"](h)) * mlp["up_proj"](h))
+        y = mlp["down_proj"](nn.functional.silu(mlp["gate_proj"](h)) * mlp["up_proj"](h))
+        return x + self.mlp_dropout(y, keys)
 
     def attention(self, x: Tensor) -> Tensor:
         config, proj = self.config, self.self_attn
@@ -63,17 +85,28 @@ def rotate(x: Tensor, theta: float) -> Tensor:
 
 
 class ReferenceDecoder(nn.Module):
-    """tokens [B, S] -> logits [B, S, V]."""
+    """tokens [B, S] -> logits [B, S, V].
+
+    keys: of the microbatches that the tokens are made of, equal parts in order; their `layer` is filled in. Without
+    any nothing is dropped.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden)
-        self.layers = nn.ModuleList(ReferenceLayer(config) for _ in range(config.layers))
+        self.embed_dropout = ReferenceDropout(0, config.dropout)
+        self.layers = nn.ModuleList(ReferenceLayer(i, config) for i in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed_tokens(tokens)
+    def forward(self, tokens: Tensor, keys: Sequence[DropoutKey] = ()) -> Tensor:
+        return self.lm_head(self.hidden(tokens, keys))
+
+    def hidden(self, tokens: Tensor, keys: Sequence[DropoutKey] = ()) -> Tensor:
+        """[B, S, H]: what the head is given."""
+        x = self.embed_dropout(self.embed_tokens(tokens), keys)
         for layer in self.layers:
-            x = layer(x)
-        return self.lm_head(self.norm(x))
+            x = layer(x, keys)
+        return self.norm(x)

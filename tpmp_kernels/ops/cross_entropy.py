@@ -1,7 +1,7 @@
 """ops.cross_entropy: the loss of given logits, whole or this rank's columns of them, differentiable.
 
 forward   statistics of each row [4, T] in one pass, one exchange over the group, loss
-backward  dlogits = d, see ops/vocab.py, from the logits and two numbers a token; no softmax is kept
+backward  dlogits = d, see ops/vocab.py, from the logits and three numbers a token; no softmax is kept
 """
 
 from typing import Any
@@ -62,7 +62,7 @@ def _forward(logits: Tensor, target: Tensor, *options) -> Tensor:
 
 
 def _forward_saved(logits: Tensor, target: Tensor, *options) -> tuple[Tensor, Tensor]:
-    """(loss, the peak and total of each row [2, T])."""
+    """(loss, what backward needs of each row [3, T])."""
     loss, rows, ids = vocab.Loss(*options), as_rows(logits), target.reshape(-1)
     vocab.check_target("cross_entropy", ids, loss)
     found = vocab.Statistics(ids, torch.promote_types(logits.dtype, torch.float32), loss)
@@ -70,7 +70,7 @@ def _forward_saved(logits: Tensor, target: Tensor, *options) -> tuple[Tensor, Te
         found.add(rows[:, :classes], loss.start)
     statistics = found.whole("cross_entropy", rows.shape[1])
     each = vocab.losses(statistics, ids, loss)
-    return vocab.reduced(each, target, loss), statistics[:2].clone()
+    return vocab.reduced(each, target, loss), vocab.saved(statistics)
 
 
 def _backward(dloss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor, *options) -> Tensor:
@@ -104,7 +104,7 @@ def _fake(logits, target, *options):
 
 def _fake_saved(logits, target, *options):
     loss = _fake(logits, target, *options)
-    return loss, loss.new_empty(2, target.numel())
+    return loss, loss.new_empty(3, target.numel())
 
 
 def _fake_backward(dloss, logits, target, statistics, *options):

@@ -86,7 +86,8 @@ def all_gather(op: str, values: Tensor, layout: tuple[int, int, int, int], numbe
 
 
 def check_layouts(op: str, layouts: list) -> None:
-    """One loss on all ranks, over a vocabulary of which every id lies on one rank."""
+    """One loss on all ranks, over a vocabulary of which every id lies on one rank; rows from vocab_size on are padding,
+    of which a rank may hold any number, or nothing else."""
     starts, rows, sizes, options = zip(*layouts, strict=True)
     if len(set(sizes)) > 1:
         raise ValueError(f"{op}: vocab_size must be the same on all ranks, got {list(sizes)}; pass one")
@@ -95,12 +96,7 @@ def check_layouts(op: str, layouts: list) -> None:
             f"{op}: label_smoothing, z_loss, softcap, ignore_index and grad_scale must be the same on all ranks, but "
             "differ; pass the same"
         )
-    vocab_size, most = sizes[0], max(rows)
-    if most >= vocab_size:
-        raise ValueError(
-            f"{op}: rank {rows.index(most)} of {len(rows)} holds {most} rows, the whole vocabulary of {vocab_size}, "
-            "and would count it once for each rank; pass each rank its own rows, or no group"
-        )
+    vocab_size = sizes[0]
     shards = [(start, start + count) for start, count in zip(starts, rows, strict=True)]
     covered = 0
     for start, stop in [*sorted(s for s in shards if s[0] < min(s[1], vocab_size)), (vocab_size, vocab_size)]:

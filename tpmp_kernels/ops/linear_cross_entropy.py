@@ -5,9 +5,10 @@
     in forward  for each chunk of tokens: z of all slices, statistics, exchange, d over z, dx and dW += d^T @ x;
     (grad_scale)          backward hands dx and dW out
 
-Four GEMMs against three: the first form keeps two numbers a token for backward, the second dx and dW. Apple's Cut
+Four GEMMs against three: the first form keeps three numbers a token for backward, the second dx and dW. Apple's Cut
 Cross-Entropy (arXiv 2411.09009) and Liger-Kernel (arXiv 2410.10989) are the two ideas; here both are exact and shared
-over ranks. x is the same on all ranks and dx complete: the op equals the one that holds the whole weight.
+over ranks. x is the same on all ranks and dx complete, unless partial_dx: the op equals the one that holds the whole
+weight.
 """
 
 from typing import Any
@@ -37,6 +38,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     grad_scale: float | None = None,
+    partial_dx: bool = False,
 ) -> Tensor:
     """Cross entropy of the logits x @ weight^T with the ids target, in fp32 (fp64 for fp64).
 
@@ -46,6 +48,9 @@ def linear_cross_entropy(
     rows beyond it are padding, neither read nor given a gradient. Loss and dx are the same bits on all ranks.
     label_smoothing as in torch; z_loss adds z_loss * lse^2 (PaLM, 2022); softcap makes the logits cap tanh(z / cap)
     (Gemma 2, 2024).
+
+    partial_dx leaves dx as this rank's part, in x's dtype, of a sum over the ranks that stands in front of x, as in the
+    backward of comm.autograd's all_gather: a reduce-scatter of half the bytes where x was gathered.
 
     grad_scale is the gradient that backward will bring (1.0 for loss.backward()), for reduction "mean" or "sum": the
     gradients are then made along with the loss, for a quarter less arithmetic and the memory of dW from forward to
@@ -69,23 +74,23 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(
             x, weight, target, group=group, vocab_start=vocab_start, vocab_size=vocab_size,
             label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, ignore_index=ignore_index,
-            reduction=reduction, grad_scale=grad_scale,
+            reduction=reduction, grad_scale=grad_scale, partial_dx=partial_dx,
         )  # fmt: skip
-    return _linear_cross_entropy(x, weight, target, main_grad.slot(weight), grad_scale, *loss)
+    return _linear_cross_entropy(x, weight, target, main_grad.slot(weight), grad_scale, partial_dx, *loss)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, target, slot, grad_scale, *options):
-        ctx.slot, ctx.grad_scale, ctx.options = slot, grad_scale, options
+    def forward(ctx, x, weight, target, slot, grad_scale, partial_dx, *options):
+        ctx.slot, ctx.grad_scale, ctx.partial_dx, ctx.options = slot, grad_scale, partial_dx, options
         need_x, need_weight, *_ = ctx.needs_input_grad
         with below_autograd():
             if grad_scale is None:
                 loss, statistics = _saved(x, weight, target, *options)
                 ctx.save_for_backward(x, weight, target, statistics)
             else:
-                wide = slot is not None
-                loss, *ctx.made = _with_gradients(x, weight, target, grad_scale, need_x, need_weight, wide, *options)
+                how = need_x, need_weight, slot is not None, partial_dx
+                loss, *ctx.made = _with_gradients(x, weight, target, grad_scale, *how, *options)
         return loss
 
     @staticmethod
@@ -98,9 +103,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if adds:
                 _add_to_main_grad(dweight, ctx.slot)
         elif adds:
-            dx = _backward_of_parameter(dloss, *ctx.saved_tensors, ctx.slot, need_x, *ctx.options)
+            dx = _backward_of_parameter(dloss, *ctx.saved_tensors, ctx.slot, need_x, ctx.partial_dx, *ctx.options)
         else:
-            dx, dweight = _backward(dloss, *ctx.saved_tensors, need_x, need_weight, *ctx.options)
+            dx, dweight = _backward(dloss, *ctx.saved_tensors, need_x, need_weight, ctx.partial_dx, *ctx.options)
         return dx if need_x else None, dweight if need_weight and not adds else None, *(None for _ in rest)
 
 
@@ -121,23 +126,39 @@ def _handed_out(made: list[Tensor], dloss: Tensor, grad_scale: float) -> tuple[T
     return dx, dweight
 
 
-def _forward(x: Tensor, weight: Tensor, target: Tensor, slot: Tensor | None, grad_scale: float | None, *options):
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    slot: Tensor | None,
+    grad_scale: float | None,
+    partial_dx: bool,
+    *options,
+) -> Tensor:
     return _forward_saved(x, weight, target, *options)[0]
 
 
 def _forward_saved(x: Tensor, weight: Tensor, target: Tensor, *options) -> tuple[Tensor, Tensor]:
-    """(loss, the peak and total of each row [2, T])."""
+    """(loss, what backward needs of each row [3, T])."""
     loss = vocab.Loss(*options)
     each, statistics = vocab_slices.losses(x, weight, target.reshape(-1), loss)
     return vocab.reduced(each, target, loss), statistics
 
 
 def _forward_with_gradients(
-    x: Tensor, weight: Tensor, target: Tensor, grad_scale: float, need_x: bool, need_weight: bool, wide: bool, *options
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    grad_scale: float,
+    need_x: bool,
+    need_weight: bool,
+    wide: bool,
+    partial_dx: bool,
+    *options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = vocab.Loss(*options)
     each, *made = vocab_slices.losses_and_gradients(
-        x, weight, target.reshape(-1), grad_scale, need_x, need_weight, wide, loss
+        x, weight, target.reshape(-1), grad_scale, need_x, need_weight, wide, partial_dx, loss
     )
     return vocab.reduced(each, target, loss), *(x.new_empty(0) if t is None else t for t in made)
 
@@ -150,11 +171,13 @@ def _gradients(
     statistics: Tensor,
     need_x: bool,
     need_weight: bool,
+    partial_dx: bool,
     *options,
 ) -> tuple[Tensor, Tensor]:
     dweight = weight.new_empty(weight.shape) if need_weight else None
     loss, ids = vocab.Loss(*options), target.reshape(-1)
-    dx = vocab_slices.gradients(dloss, x, weight, ids, statistics, need_x, dweight, add=False, loss=loss)
+    how = {"add": False, "partial_dx": partial_dx, "loss": loss}
+    dx = vocab_slices.gradients(dloss, x, weight, ids, statistics, need_x, dweight, **how)
     return tuple(x.new_empty(0) if t is None else t for t in (dx, dweight))
 
 
@@ -166,12 +189,14 @@ def _gradients_of_parameter(
     statistics: Tensor,
     slot: Tensor,
     need_x: bool,
+    partial_dx: bool,
     *options,
 ) -> Tensor:
     """dx; the weight's gradient is added to the main_grad of slot's parameter."""
     total, add = _sum_of(slot)
     loss, ids = vocab.Loss(*options), target.reshape(-1)
-    dx = vocab_slices.gradients(dloss, x, weight, ids, statistics, need_x, total, add=add, loss=loss)
+    how = {"add": add, "partial_dx": partial_dx, "loss": loss}
+    dx = vocab_slices.gradients(dloss, x, weight, ids, statistics, need_x, total, **how)
     if total is not None:
         torch.autograd.graph.increment_version(total)
     return x.new_empty(0) if dx is None else dx
@@ -195,34 +220,35 @@ def _sum_of(slot: Tensor) -> tuple[Tensor | None, bool]:
     return parameter.main_grad, main_grad._begin(slot, parameter.main_grad)
 
 
-def _fake(x, weight, target, slot, grad_scale, *options):
+def _fake(x, weight, target, slot, grad_scale, partial_dx, *options):
     return _fake_saved(x, weight, target, *options)[0]
 
 
 def _fake_saved(x, weight, target, *options):
     wide = torch.promote_types(x.dtype, torch.float32)
     loss = x.new_empty(target.shape if options[-1] == "none" else (), dtype=wide)
-    return loss, x.new_empty(2, target.numel(), dtype=wide)
+    return loss, x.new_empty(3, target.numel(), dtype=wide)
 
 
-def _fake_with_gradients(x, weight, target, grad_scale, need_x, need_weight, wide, *options):
+def _fake_with_gradients(x, weight, target, grad_scale, need_x, need_weight, wide, partial_dx, *options):
     loss = _fake_saved(x, weight, target, *options)[0]
     dtype = loss.dtype if wide and need_weight else None
     return loss, x.new_empty(x.shape if need_x else 0), x.new_empty(weight.shape if need_weight else 0, dtype=dtype)
 
 
-def _fake_gradients(dloss, x, weight, target, statistics, need_x, need_weight, *options):
+def _fake_gradients(dloss, x, weight, target, statistics, need_x, need_weight, partial_dx, *options):
     return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
 
 
-def _fake_gradients_of_parameter(dloss, x, weight, target, statistics, slot, need_x, *options):
+def _fake_gradients_of_parameter(dloss, x, weight, target, statistics, slot, need_x, partial_dx, *options):
     return x.new_empty(x.shape if need_x else 0)
 
 
 _SHARDING = "its vocabulary is cut by `group`"
 _SAVED = "Tensor dloss, Tensor x, Tensor weight, Tensor target, Tensor statistics"
 _linear_cross_entropy = register(
-    f"{_OP}(Tensor x, Tensor weight, Tensor target, Tensor? slot, float? grad_scale, {vocab.SCHEMA}) -> Tensor",
+    f"{_OP}(Tensor x, Tensor weight, Tensor target, Tensor? slot, float? grad_scale, bool partial_dx, {vocab.SCHEMA}) "
+    "-> Tensor",
     _forward,
     _fake,
     function=_LinearCrossEntropy,
@@ -237,19 +263,19 @@ _saved = register(
 )
 _with_gradients = register(
     f"{_OP}_with_gradients(Tensor x, Tensor weight, Tensor target, float grad_scale, bool need_x, bool need_weight, "
-    f"bool wide, {vocab.SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    f"bool wide, bool partial_dx, {vocab.SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _forward_with_gradients,
     _fake_with_gradients,
     sharding=_SHARDING,
 )
 _backward = register(
-    f"{_OP}_backward({_SAVED}, bool need_x, bool need_weight, {vocab.SCHEMA}) -> (Tensor, Tensor)",
+    f"{_OP}_backward({_SAVED}, bool need_x, bool need_weight, bool partial_dx, {vocab.SCHEMA}) -> (Tensor, Tensor)",
     _gradients,
     _fake_gradients,
     sharding=_SHARDING,
 )
 _backward_of_parameter = register(
-    f"{_OP}_backward_of_parameter({_SAVED}, Tensor slot, bool need_x, {vocab.SCHEMA}) -> Tensor",
+    f"{_OP}_backward_of_parameter({_SAVED}, Tensor slot, bool need_x, bool partial_dx, {vocab.SCHEMA}) -> Tensor",
     _gradients_of_parameter,
     _fake_gradients_of_parameter,
     sharding=_SHARDING,

@@ -1,11 +1,13 @@
 """What both losses share: their options, the statistics of logits that come in pieces, the loss and the gradient.
 
-    peak = max z    total = sum exp(z - peak)    lse = peak + log(total)    p = exp(z - peak) / total
+    peak = max z    others = sum exp(z - peak) but for the target    total = others + exp(z_target - peak)
+    lse  = peak + log(total)    p = exp(z - peak) / total
     loss = (1 - a) (lse - z_target) + a (lse - sum(z) / V) + c lse^2
     d    = g [(1 - a) (p - onehot) + a (p - 1 / V) + 2 c lse p]
 
 a is label_smoothing, c z_loss, V the number of classes, g the upstream gradient of the token. peak and log(total) are
-never added before something is subtracted: at logits of 1e4 their fp32 sum would be wrong in the fourth digit.
+never added before something is subtracted: at logits of 1e4 their fp32 sum would be wrong in the fourth digit. Nor is
+p - 1 of the target, -others / total: from a p within 1e-8 of 1, fp32 would make 0 of loss and gradient.
 """
 
 import zlib
@@ -84,6 +86,12 @@ def arguments(
         raise ValueError(
             f"{op}: vocab_size is needed on a group of {size} ranks; pass the number of classes, without padding"
         )
+    if vocab_start is None and size > 1 and columns >= vocab_size:
+        # Most often a weight that was not cut: only rank 0's copy of it would be trained.
+        raise ValueError(
+            f"{op}: in equal parts, {columns} for each of {size} ranks, rank 0 would hold the whole vocabulary of "
+            f"{vocab_size}; pass each rank its own part, vocab_start where the others hold padding, or no group"
+        )
     start = rank * columns if vocab_start is None else vocab_start
     vocab_size = columns if vocab_size is None else vocab_size
     if vocab_size < 1:
@@ -114,7 +122,7 @@ def check_target(op: str, target: Tensor, loss: Loss) -> None:
 
 
 class Statistics:
-    """Peak, total, target's logit and sum of the logits of each token, [4, T], added up piece by piece of the row.
+    """Peak, others, target's logit and sum of the logits of each token, [4, T], added up piece by piece of the row.
 
     A token whose target is elsewhere has 0 for its target's logit, so that these add up over pieces and ranks.
     """
@@ -140,17 +148,17 @@ class Statistics:
     def _of(self, z: Tensor, first: int, tiles: list[slice]) -> Tensor:
         found = torch.zeros(4, z.shape[0], dtype=self.dtype, device=z.device)
         scratch = _scratch(z, tiles, self.dtype)
+        place, owned = _place(self.target, first, z.shape[1])
         for rows in tiles:
             work = scratch[: rows.stop - rows.start].copy_(z[rows])
             _cap_(work, self.loss.softcap, slope=False)
             peak = found[0, rows] = work.amax(1).clamp_(min=torch.finfo(self.dtype).min)
             if self.loss.label_smoothing > 0:
                 found[3, rows] = work.sum(1)
+            logit = work.gather(1, place[rows]).squeeze(1)
+            found[2, rows] = logit.masked_fill(~owned[rows], 0)
+            work.scatter_(1, place[rows], logit.masked_fill_(owned[rows], -torch.inf).unsqueeze(1))
             found[1, rows] = work.sub_(peak.unsqueeze(1)).exp_().sum(1)
-        place, owned = _place(self.target, first, z.shape[1])
-        logit = z.gather(1, place).squeeze(1).to(self.dtype)
-        _cap_(logit, self.loss.softcap, slope=False)
-        found[2] = logit.masked_fill_(~owned, 0)
         return found
 
     def local(self) -> Tensor:
@@ -171,8 +179,8 @@ class Statistics:
 def _combine(parts: Tensor) -> Tensor:
     """[P, 4, T] -> [4, T]."""
     peak = parts[:, 0].amax(0)
-    total = (parts[:, 1] * (parts[:, 0] - peak).exp_()).sum(0)
-    return torch.cat([torch.stack([peak, total]), parts[:, 2:].sum(0)])
+    others = (parts[:, 1] * (parts[:, 0] - peak).exp_()).sum(0)
+    return torch.cat([torch.stack([peak, others]), parts[:, 2:].sum(0)])
 
 
 def _tiles(z: Tensor) -> Iterator[tuple[slice, list[slice]]]:
@@ -212,14 +220,26 @@ def _cap_(z: Tensor, softcap: float | None, *, slope: bool = True) -> Tensor | N
 
 def losses(statistics: Tensor, target: Tensor, loss: Loss) -> Tensor:
     """The loss of each token, [T], from the statistics of its whole row; 0 where the target is ignored."""
-    peak, total, target_logit, logit_sum = statistics
-    log_total, a = total.log(), loss.label_smoothing
-    each = peak - target_logit + log_total
+    peak, others, _, logit_sum = statistics
+    behind, a = _behind(statistics), loss.label_smoothing
+    log_total = (others + (-behind).expm1_()).log1p_()
+    each = behind + log_total
     if a > 0:
         each = (1 - a) * each + a * (peak - logit_sum / loss.vocab_size + log_total)
     if loss.z_loss > 0:
         each = each + loss.z_loss * (peak + log_total).square()
     return each.masked_fill(target == loss.ignore_index, 0)
+
+
+def saved(statistics: Tensor) -> Tensor:
+    """What backward needs of them, [3, T]: peak, others, total."""
+    peak, others, *_ = statistics
+    return torch.stack([peak, others, others + _behind(statistics).neg_().exp_()])
+
+
+def _behind(statistics: Tensor) -> Tensor:
+    """peak - z_target, [T]; some number from 0 on where the target is ignored."""
+    return (statistics[0] - statistics[2]).clamp_(min=0)
 
 
 def reduced(each: Tensor, target: Tensor, loss: Loss) -> Tensor:
@@ -240,27 +260,32 @@ def upstream(dloss: Tensor, target: Tensor, loss: Loss) -> Tensor:
 
 
 class Gradient:
-    """d of the logits in a piece of the row, for tokens whose loss has the gradient g [T]."""
+    """d of the logits in a piece of the row, for tokens whose loss has the gradient g [T].
+
+    d = scale exp(z - peak) - shift, and target_scale exp(z - peak) - truth - shift of the target.
+    """
 
     def __init__(self, g: Tensor, statistics: Tensor, target: Tensor, loss: Loss):
-        peak, total = statistics[:2]
-        self.g, self.peak, self.total, self.target, self.loss = g, peak, total, target, loss
-        self.lse_term = 2 * loss.z_loss * (peak + total.log())
-        self.scale = g * (1 + self.lse_term) / total
-        self.shift = g * (loss.label_smoothing / loss.vocab_size) if loss.label_smoothing > 0 else None
+        """statistics as `saved`."""
+        self.peak, others, total = statistics
+        self.target, self.loss, a = target, loss, loss.label_smoothing
+        lse_term = 2 * loss.z_loss * (self.peak + total.log())
+        self.scale, self.target_scale = g * (1 + lse_term) / total, g * (a + lse_term) / total
+        self.truth = g * (1 - a) * (others / total)
+        self.shift = g * (a / loss.vocab_size) if a > 0 else None
 
     def put(self, out: Tensor, z: Tensor, first: int) -> None:
         """Into out [T, C], which may be z: d of the logits z of the ids first .. first + C - 1, rounded once."""
         if backend.choose(z) == "triton":
             from tpmp_kernels.kernels import cross_entropy as kernel
 
-            truth = self.g * (1 - self.loss.label_smoothing)
             kernel.gradient(
-                z, out, self.target, first, self.peak, self.scale, truth, self.shift, softcap=self.loss.softcap
-            )
+                z, out, self.target, first, self.peak, self.scale, self.target_scale, self.truth, self.shift,
+                softcap=self.loss.softcap,
+            )  # fmt: skip
             return
         place, owned = _place(self.target, first, z.shape[1])
-        true = self._of_true_class(z.gather(1, place).squeeze(1).to(self.peak.dtype))
+        true = self._of_target(z.gather(1, place).squeeze(1).to(self.peak.dtype))
         in_place = out.dtype == self.peak.dtype
         for columns, tiles in _tiles(z):
             scratch = None if in_place else _scratch(z[:, columns], tiles, self.peak.dtype)
@@ -275,13 +300,13 @@ class Gradient:
         (rows,) = owned.nonzero(as_tuple=True)
         out[rows, place[rows, 0]] = true[rows].to(out.dtype)
 
-    def _of_true_class(self, z: Tensor) -> Tensor:
-        """d where the column is the token's target, z [T]: a confident token's p - 1 must be taken before rounding."""
-        a = self.loss.label_smoothing
+    def _of_target(self, z: Tensor) -> Tensor:
+        """d where the column is the token's target, z [T]."""
         slope = _cap_(z, self.loss.softcap)
-        p = (z - self.peak).exp_() / self.total
-        d = self.g * ((1 - a) * (p - 1) + a * (p - 1 / self.loss.vocab_size) + self.lse_term * p)
-        return d if slope is None else d * slope
+        d = z.sub_(self.peak).exp_().mul_(self.target_scale).sub_(self.truth)
+        if self.shift is not None:
+            d.sub_(self.shift)
+        return d if slope is None else d.mul_(slope)
 
     def _overwrite(self, z: Tensor, rows: slice) -> None:
         """d of any other column, over z [rows, C]."""

@@ -17,7 +17,7 @@ _ROUNDINGS = 8
 
 
 def losses(x: Tensor, weight: Tensor, target: Tensor, loss: vocab.Loss) -> tuple[Tensor, Tensor]:
-    """(loss of each token [T], the peak and total of its row [2, T]). x [..., D], weight [V_r, D], target [T]."""
+    """(loss of each token [T], what `gradients` needs of its row [3, T]). x [..., D], weight [V_r, D], target [T]."""
     vocab.check_target(_OP, target, loss)
     products = Products(x, weight[: loss.classes(weight.shape[0])], target.numel())
     rows = products.operand(as_rows(x))
@@ -25,7 +25,7 @@ def losses(x: Tensor, weight: Tensor, target: Tensor, loss: vocab.Loss) -> tuple
     for ids in products.slices():
         found.add(products.logits(rows, ids, keep=False), loss.start + ids.start)
     statistics = found.whole(_OP, weight.shape[0])
-    return vocab.losses(statistics, target, loss), statistics[:2].clone()
+    return vocab.losses(statistics, target, loss), vocab.saved(statistics)
 
 
 def gradients(
@@ -38,6 +38,7 @@ def gradients(
     dweight: Tensor | None,
     *,
     add: bool,
+    partial_dx: bool,
     loss: vocab.Loss,
 ) -> Tensor | None:
     """dx [..., D] if `need_x`, and the gradient of the weight written or, with `add`, added to `dweight` [V_r, D]."""
@@ -51,7 +52,7 @@ def gradients(
         _spread(products, gradient, ids, z, rows, dx, dweight, add=add)
     if dweight is not None and not add:
         dweight[classes:] = 0
-    return _complete(dx, x, loss)
+    return _given(dx, x, partial_dx, loss)
 
 
 def losses_and_gradients(
@@ -62,6 +63,7 @@ def losses_and_gradients(
     need_x: bool,
     need_weight: bool,
     wide: bool,
+    partial_dx: bool,
     loss: vocab.Loss,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(loss of each token [T], dx, dweight) for the upstream gradient grad_scale; `wide`: dweight in at least fp32."""
@@ -85,14 +87,14 @@ def losses_and_gradients(
             found.add(logits[-1], loss.start + ids.start)
         statistics = found.whole(_OP, weight.shape[0], grad_scale)
         each[tokens] = vocab.losses(statistics, own, loss)
-        gradient = vocab.Gradient(g[tokens], statistics, own, loss)
+        gradient = vocab.Gradient(g[tokens], vocab.saved(statistics), own, loss)
         own_dx = None if dx is None else dx[tokens]
         for ids, z in zip(products.slices(), logits, strict=True):
             _spread(products, gradient, ids, z, rows, own_dx, dweight, add=tokens.start > 0)
     if dweight is not None:
         dweight[classes:] = 0
         dweight = dweight if wide else dweight.to(weight.dtype)
-    return each, _complete(dx, x, loss), dweight
+    return each, _given(dx, x, partial_dx, loss), dweight
 
 
 def _spread(
@@ -115,6 +117,8 @@ def _spread(
         products.put_dweight(dweight, d, rows, ids, add=add)
 
 
-def _complete(dx: Tensor | None, x: Tensor, loss: vocab.Loss) -> Tensor | None:
-    """dx summed over the ranks, each of which has the part of its columns, and rounded once."""
-    return None if dx is None else groups.all_reduce(dx, loss.group, f"{_OP}.dx").to(x.dtype).view(x.shape)
+def _given(dx: Tensor | None, x: Tensor, partial_dx: bool, loss: vocab.Loss) -> Tensor | None:
+    """dx, of which each rank has the part of its columns: summed over the ranks, unless partial, and rounded once."""
+    if dx is not None and not partial_dx:
+        groups.all_reduce(dx, loss.group, f"{_OP}.dx")
+    return None if dx is None else dx.to(x.dtype).view(x.shape)

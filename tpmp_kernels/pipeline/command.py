@@ -2,8 +2,10 @@
 
     tpmp schedule 1f1b --pp 4 --microbatches 8
     tpmp schedule order.csv --compare zb-v,dualpipe-v --costs F=100,B=120,W=80 --draw out.svg
+    tpmp schedule 1f1b --model examples/demo.toml
 
-options.py reads the command line; files are written only once everything is proved.
+options.py reads the command line, and command_model.py has what belongs to --model; files are written only once
+everything is proved.
 """
 
 import io
@@ -13,15 +15,19 @@ import re
 import shutil
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
 
 from tpmp_kernels.errors import ScheduleError, UsageError
-from tpmp_kernels.pipeline import files, summary
+from tpmp_kernels.pipeline import command_model, files, summary
+from tpmp_kernels.pipeline.command_model import Model, Reader
 from tpmp_kernels.pipeline.costs import Costs
 from tpmp_kernels.pipeline.draw import chrome_trace, schedule_sheet, text_picture, to_png, to_svg
 from tpmp_kernels.pipeline.lowering import lower
 from tpmp_kernels.pipeline.options import nearest, parse
+from tpmp_kernels.pipeline.partition import LayerCost
 from tpmp_kernels.pipeline.schedule import Kind, Schedule
-from tpmp_kernels.pipeline.schedules import SCHEDULES, build
+from tpmp_kernels.pipeline.schedules import SCHEDULES, build, peak_live
 from tpmp_kernels.pipeline.simulate import simulate
 from tpmp_kernels.pipeline.summary import Shown
 from tpmp_kernels.pipeline.validate import validate
@@ -29,8 +35,11 @@ from tpmp_kernels.pipeline.validate import validate
 _MOST_FORWARDS = 500_000  # of one schedule: half a minute and 0.7 GB
 
 
-def run(argv: list[str]) -> None:
-    """Print what is asked for. Raises UsageError, in one sentence, for all that whoever asks has to change."""
+def run(argv: list[str], read_model: Reader) -> None:
+    """Print what is asked for. Raises UsageError, in one sentence, for all that whoever asks has to change.
+
+    read_model: called for --model alone.
+    """
     if "--list" in argv:
         print(_list())
         return
@@ -38,7 +47,14 @@ def run(argv: list[str]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # names of files may have characters that a terminal has not
     try:
-        shown = [_prove(name, schedule, options.costs or Costs()) for name, schedule in _schedules(options).items()]
+        model = command_model.read(options, read_model)
+        schedules = _schedules(options, model)
+        if model is None:
+            costs = Costs(**(options.costs or {}))
+            shown = [_prove(name, schedule, costs) for name, schedule in schedules.items()]
+        else:
+            layers = model.layers(schedules[options.name].microbatches)
+            shown = [_planned(name, schedule, options, model, layers) for name, schedule in schedules.items()]
         _write(options, shown)
         print(summary.as_json(shown) if options.json else _as_text(options, shown), flush=True)
     except ScheduleError as error:
@@ -50,7 +66,7 @@ def run(argv: list[str]) -> None:
         raise UsageError(f"{str(path)!r} cannot be written ({error.strerror}); give another path") from None
 
 
-def _schedules(options: Namespace) -> dict[str, Schedule]:
+def _schedules(options: Namespace, model: Model | None) -> dict[str, Schedule]:
     """NAME and those of --compare, by what they are called on the command line."""
     names = [options.name, *(options.compare or [])]
     loaded = {name: files.load(name) for name in names if _is_file(name)}
@@ -60,7 +76,8 @@ def _schedules(options: Namespace) -> dict[str, Schedule]:
                 f"unknown schedule {name!r}; the nearest known one is {nearest(name, SCHEDULES)!r} of "
                 f"{', '.join(SCHEDULES)}; a file ends in .json or .csv"
             )
-    ranks, microbatches = _sizes(options, loaded)
+    ranks, microbatches = _sizes(options, loaded, model)
+    costs = None if model else Costs(**(options.costs or {}))
     # Where one has the choice of chunks, those without it keep their own; else the first refuses what it has not.
     choosing = any(name not in loaded and SCHEDULES[name].chunks is None for name in names)
     schedules = {}
@@ -69,7 +86,7 @@ def _schedules(options: Namespace) -> dict[str, Schedule]:
         if name in loaded:
             schedules[name] = _with_chunks(name, loaded[name], chunks)
         else:
-            schedules[name] = _built(name, ranks, microbatches, chunks, options.costs)
+            schedules[name] = _built(name, ranks, microbatches, chunks, costs)
     return schedules
 
 
@@ -77,14 +94,17 @@ def _is_file(name: str) -> bool:
     return name not in SCHEDULES and ("." in name or os.sep in name)
 
 
-def _sizes(options: Namespace, loaded: dict[str, Schedule]) -> tuple[int, int]:
-    """Ranks and microbatches: as given, and as the files have them, which must agree."""
+def _sizes(options: Namespace, loaded: dict[str, Schedule], model: Model | None) -> tuple[int, int]:
+    """Ranks and microbatches: as given, and as the files have them, which must agree; else as the model has them."""
     sizes = {"--pp": options.pp, "--microbatches": options.microbatches}
     for name, schedule in loaded.items():
         for option, size in (("--pp", schedule.ranks), ("--microbatches", schedule.microbatches)):
             if sizes[option] not in (None, size):
                 raise UsageError(f"{option}: expected {size}, which {name!r} has, got {sizes[option]}; leave it out")
             sizes[option] = size
+    if model is not None:
+        of_model = {"--pp": model.ranks, "--microbatches": model.microbatches}
+        sizes = {option: of_model[option] if size is None else size for option, size in sizes.items()}
     for option, size in sizes.items():
         if size is None:
             raise UsageError(f"expected {option}, got nothing; such as tpmp schedule 1f1b --pp 4 --microbatches 8")
@@ -111,6 +131,25 @@ def _built(name: str, ranks: int, microbatches: int, chunks: int | None, costs: 
         return build(name, ranks=ranks, microbatches=microbatches, chunks=chunks, costs=costs)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _planned(name: str, schedule: Schedule, options: Namespace, model: Model, layers: Sequence[LayerCost]) -> Shown:
+    """With the layers of a model in its stages. What depends on costs is built again with those of its partition."""
+    split = command_model.split(schedule, layers, _in_flight(name, schedule), options)
+    costs = command_model.costs(split, options)
+    if name in SCHEDULES and SCHEDULES[name].fed:
+        schedule = _built(name, schedule.ranks, schedule.microbatches, None, costs)
+    shown = _prove(name, schedule, costs)
+    return replace(shown, table=command_model.table(split, model), partition=command_model.fields(split, model))
+
+
+def _in_flight(name: str, schedule: Schedule) -> Sequence[int]:
+    """The closed form where there is one: the order of a schedule that is searched for depends on the partition."""
+    if name not in SCHEDULES:
+        return _prove(name, schedule, Costs()).report.peak_live
+    ranks, chunks = schedule.ranks, schedule.stages // schedule.ranks
+    sizes = {"ranks": ranks, "microbatches": schedule.microbatches, "chunks": chunks}
+    return [peak_live(name, rank, **sizes) for rank in range(ranks)]
 
 
 def _prove(name: str, schedule: Schedule, costs: Costs) -> Shown:
@@ -145,7 +184,8 @@ def _as_text(options: Namespace, shown: list[Shown]) -> str:
     colour = sys.stdout.isatty() and not options.no_color and not os.environ.get("NO_COLOR")
     parts = []
     for each in shown:
-        parts += [summary.heading(each), text_picture(each.simulation, width=width, colour=colour)]
+        parts += [summary.heading(each), *([each.table] if each.table else [])]
+        parts += [text_picture(each.simulation, width=width, colour=colour)]
         parts += [summary.proof(each)] if len(shown) > 1 else [f"{summary.figures(each)}\n{summary.proof(each)}"]
     if len(shown) > 1:
         parts.append(summary.table(shown))

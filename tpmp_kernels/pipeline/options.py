@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import math
 import os
+import re
 import reprlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,8 +17,10 @@ _COSTS = ("F", "B", "W", "BW", "pair", "latency", "bandwidth", "message", "activ
 _COSTS_HELP = (
     "of one microbatch on one rank: times of F, B, W and BW (B + W if left out); pair: time of a joint step as a share "
     "of its two parts one after the other; latency, bandwidth and message of a transfer; activation: memory held from "
-    "F to W; kept: the share of it that is still held from B to W"
+    "F to W; kept: the share of it that is still held from B to W; beside --model only pair, latency, bandwidth (in MB "
+    "for a unit of its times) and kept"
 )
+_COMPARE_HELP = "more schedules of the same sizes, in one table and one picture"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -65,7 +68,8 @@ class _Once(argparse.Action):
 def _parser() -> _Parser:
     parser = _Parser(
         prog="tpmp schedule",
-        usage="tpmp schedule NAME --pp P --microbatches M [--chunks C] [option ...]\n       tpmp schedule --list",
+        usage="tpmp schedule NAME --pp P --microbatches M [--chunks C] [option ...]\n"
+        "       tpmp schedule NAME --model FILE.toml [--stages N] [option ...]\n       tpmp schedule --list",
         description="Prove a pipeline schedule free of deadlock, time it and draw it.",
         allow_abbrev=False,
     )
@@ -93,14 +97,27 @@ def _whole(lowest: int, highest: int, example: int) -> Callable[[str], int]:
     return read
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"expected schedules such as 1f1b,zb-v, got {text!r}; remove the empty one")
-    return names
+def _names(what: str) -> Callable[[str], list[str]]:
+    def read(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        if not all(names):
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}; remove the empty one")
+        return names
+
+    return read
 
 
-def _costs(text: str) -> Costs:
+def _megabytes(text: str) -> float:
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d*)?) ?(MB|GB)", text.strip())
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(
+            f"expected a size in MB or GB (10^6, 10^9 bytes), got {reprlib.repr(text)}; such as 80GB"
+        )
+    return float(match[1]) * (1 if match[2] == "MB" else 1000)
+
+
+def _costs(text: str) -> dict[str, float]:
+    """What was given, by the names of Costs, which takes it."""
     given: dict[str, float] = {}
     for part in text.split(","):
         name, _, number = (each.strip() for each in part.partition("="))
@@ -112,9 +129,10 @@ def _costs(text: str) -> Costs:
             raise argparse.ArgumentTypeError(f"expected {name} once, got it again as {part!r}; leave one out")
         given[name] = _cost(name, number, part)
     try:
-        return Costs(**given)
+        Costs(**given)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("costs: ")) from None
+    return given
 
 
 def _cost(name: str, number: str, part: str) -> float:
@@ -156,7 +174,11 @@ _OPTIONS = [
     (["--microbatches"], "M", _whole(1, 100_000, 8), "microbatches of one step"),
     (["--chunks"], "C", _whole(1, 1000, 2), "stages on each rank, where the schedule leaves the choice (2)"),
     (["--costs"], "F=1,B=1,W=1", _costs, _COSTS_HELP),
-    (["--compare"], "1f1b,zb-v", _names, "more schedules of the same sizes, in one table and one picture"),
+    (["--model"], "FILE.toml", Path, "cut the layers of this config into the stages; costs and sizes come from it"),
+    (["--measured"], None, None, "profile the layers of --model on this machine; else their FLOP count"),
+    (["--memory-limit"], "80GB", _megabytes, "of a rank, for parameters and activations of --model"),
+    (["--begin"], "layers.2,lm_head", _names("layers such as layers.2,lm_head"), "layers of --model to begin a stage"),
+    (["--compare"], "1f1b,zb-v", _names("schedules such as 1f1b,zb-v"), _COMPARE_HELP),
     (["--draw"], "out.svg|out.png", _output(".svg", ".png"), "draw everything that is shown on one sheet"),
     (["--trace"], "out.json", _output(".json"), "a trace of NAME, for ui.perfetto.dev or chrome://tracing"),
     (["--save"], "out.json|out.csv", _output(".json", ".csv"), "the order of NAME; torch loads the .csv"),

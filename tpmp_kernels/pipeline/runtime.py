@@ -70,13 +70,19 @@ class Runtime:
         }
 
     def step(
-        self, inputs: Sequence[Tensor] | None, targets: Sequence[Tensor] | None, *, loss_scale: float = 1.0
+        self,
+        inputs: Sequence[Tensor] | None,
+        targets: Sequence[Tensor] | None,
+        *,
+        loss_scale: float = 1.0,
+        step: int | None = None,
     ) -> StepResult:
         """One pass over the schedule. inputs: tokens by microbatch, used by the first stage; targets: by the last.
+        step: its number, for stages that are `numbered`.
 
         Gradients add into the parameters' `.grad`; they are those of loss_scale * (sum of the microbatch losses).
         """
-        self._inputs, self._targets, self._loss_scale = inputs, targets, loss_scale
+        self._inputs, self._targets, self._loss_scale, self._step = inputs, targets, loss_scale, step
         self._values: dict[Value, Tensor] = {}
         self._works: dict[tuple[str, Value], Work] = {}
         self._losses: dict[int, Tensor] = {}
@@ -91,7 +97,7 @@ class Runtime:
         stage, m = self.stages[action.stage], action.microbatch
         start = time.perf_counter()
         x = self._inputs[m] if action.stage == 0 else self._values.pop(("F", action.stage - 1, m))
-        output = stage.forward(m, x, self._targets[m] if stage.loss is not None else None)
+        output = stage.forward(m, x, self._targets[m] if stage.loss is not None else None, self._step)
         if stage.loss is None:
             self._values["F", action.stage, m] = output
         else:

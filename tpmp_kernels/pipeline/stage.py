@@ -11,18 +11,21 @@ class Stage:
 
     `loss(output, target) -> scalar` makes this the last stage: its forward computes the loss (a sum over tokens), its
     backward starts from `loss_scale`, so that the gradients of a step add up to those of loss_scale * total loss.
-    Under torch.no_grad nothing is remembered and no backward follows.
+    Under torch.no_grad nothing is remembered and no backward follows. numbered: the module is called with step= and
+    microbatch= as well, of which masks of dropout are a function.
     """
 
-    def __init__(self, module: nn.Module, *, loss: Callable[[Tensor, Tensor], Tensor] | None = None):
-        self.module, self.loss = module, loss
+    def __init__(
+        self, module: nn.Module, *, loss: Callable[[Tensor, Tensor], Tensor] | None = None, numbered: bool = False
+    ):
+        self.module, self.loss, self.numbered = module, loss, numbered
         self._live: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def forward(self, microbatch: int, x: Tensor, target: Tensor | None) -> Tensor:
+    def forward(self, microbatch: int, x: Tensor, target: Tensor | None, step: int | None = None) -> Tensor:
         """x: tokens or hidden states; returns hidden states, or the loss in the last stage, detached."""
         if torch.is_grad_enabled() and x.is_floating_point():
             x.requires_grad_()
-        output = self.module(x)
+        output = self.module(x, step=step, microbatch=microbatch) if self.numbered else self.module(x)
         if self.loss is not None:
             output = self.loss(output, target)
         if torch.is_grad_enabled():

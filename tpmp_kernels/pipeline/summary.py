@@ -16,6 +16,7 @@ class Shown:
     """A schedule with all that is said about it.
 
     title: its name, or the file that it is from. bounded: whether its memory was held against a closed form.
+    table, partition: the layers of a model in its stages, as text and for JSON; None where no model is cut.
     """
 
     title: str
@@ -23,6 +24,8 @@ class Shown:
     simulation: Simulation
     report: Report
     bounded: bool
+    table: str | None = None
+    partition: dict | None = None
 
 
 def heading(shown: Shown) -> str:
@@ -37,6 +40,7 @@ def figures(shown: Shown) -> str:
     """One line for each figure of one schedule."""
     simulation = shown.simulation
     unit = "microbatches of activations" if simulation.costs.activation == 1 else "the unit of activation"
+    unit = "MB of activations" if shown.partition else unit
     lines = {
         "makespan": short(simulation.makespan),
         "bubble": f"{short(simulation.bubble)}, {share(simulation.bubble, simulation.makespan)} of the makespan",
@@ -72,16 +76,21 @@ def proof(shown: Shown) -> str:
 
 
 def as_json(several: list[Shown]) -> str:
-    """One object. `timeline`: for each rank, [kind, stage, microbatch, start, end] of each compute in order."""
-    costs = asdict(several[0].simulation.costs)
-    if costs["bandwidth"] == math.inf:
-        costs["bandwidth"] = None  # JSON has no infinity
-    return json.dumps({"costs": costs, "schedules": [_fields(each) for each in several]}, allow_nan=False)
+    """One object. `timeline`: for each rank, [kind, stage, microbatch, start, end] of each compute in order. `costs`:
+    of each schedule where it has those of its partition, else of all."""
+    common = {} if several[0].partition else {"costs": _costs(several[0])}
+    return json.dumps({**common, "schedules": [_fields(each) for each in several]}, allow_nan=False)
+
+
+def _costs(shown: Shown) -> dict:
+    costs = asdict(shown.simulation.costs)
+    return {**costs, "bandwidth": None} if costs["bandwidth"] == math.inf else costs  # JSON has no infinity
 
 
 def _fields(shown: Shown) -> dict:
     simulation, schedule = shown.simulation, shown.schedule
     return {
+        **({"costs": _costs(shown), "partition": shown.partition} if shown.partition else {}),
         "title": shown.title,
         "name": schedule.name,
         "ranks": schedule.ranks,

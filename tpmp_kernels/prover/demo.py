@@ -13,6 +13,7 @@ from tpmp_kernels.models.reference import ReferenceDecoder
 from tpmp_kernels.models.weights import initialize
 from tpmp_kernels.prover.layouts import layout_of
 from tpmp_kernels.prover.subject import Part, Subject, Whole, nudge
+from tpmp_kernels.tensor_parallel import DropoutKey
 from tpmp_kernels.training.config import Config
 from tpmp_kernels.training.data import Corpus
 from tpmp_kernels.training.layout import Layout
@@ -23,11 +24,7 @@ from tpmp_kernels.training.trainer import Trainer
 class _Reference(ReferenceDecoder):
     """Ends where the parallel decoder does: its head belongs to the loss."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed_tokens(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
+    forward = ReferenceDecoder.hidden
 
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(self.lm_head(hidden).flatten(0, 1), target.flatten(), reduction="sum")
@@ -71,10 +68,12 @@ class Demo(Subject):
     def title(self) -> str:
         model, parallel, training = self.config.model, self.config.parallel, self.config.training
         sequence_parallel = " with sequence parallelism" if parallel.sequence_parallel else ""
+        dropout = f", dropout {model.dropout}" if model.dropout else ""
+        tied = ", tied embeddings" if model.tie_embeddings else ""
         return (
-            f"decoder of {model.layers} layers, hidden {model.hidden}: tp={self.tp} x pp={self.pp}{sequence_parallel}, "
-            f"{self.schedule}, {self.microbatches} microbatches of {training.batch // self.microbatches} x "
-            f"{self.config.data.sequence} tokens, {training.dtype}"
+            f"decoder of {model.layers} layers, hidden {model.hidden}{dropout}{tied}: "
+            f"tp={self.tp} x pp={self.pp}{sequence_parallel}, {self.schedule}, {self.microbatches} microbatches of "
+            f"{training.batch // self.microbatches} x {self.config.data.sequence} tokens, {training.dtype}"
         )
 
     @property
@@ -92,7 +91,11 @@ class Demo(Subject):
             0, seed=self.seed, size=config.training.batch, sequence=config.data.sequence
         )
         parts = (tokens.chunk(self.microbatches), targets.chunk(self.microbatches))
-        return Whole(model, *parts, model.loss, 1 / tokens.numel(), lambda: self._update(model))
+
+        def forward(x: Tensor, microbatch: int) -> Tensor:
+            return model(x, [DropoutKey(self.seed, 0, 0, microbatch)])
+
+        return Whole(model, forward, *parts, model.loss, 1 / tokens.numel(), lambda: self._update(model))
 
     def _update(self, model: torch.nn.Module) -> None:
         """The first step of torch's own AdamW and clipping."""

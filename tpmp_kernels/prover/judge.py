@@ -34,9 +34,9 @@ class Judge:
     meant: None where it is not known yet which partial sums are meant to be: then a tensor that is wrong stays, so that
     it is right again behind the reduction where there is one. Otherwise those sites, of any microbatch, and all other
     tensors are replaced, so that no mistake is seen but where it is made.
-    unclear: modules of which it cannot be told which call is which. modules: of this rank, by name. checks: what was
-    compared. wrong: what this rank had where that was not its part of the tape, None where it had nothing. shapes: of
-    tensors that are no part, (this rank's, the tape's).
+    unclear: modules of which it cannot be told which call is which. split: see steps.split. modules: of this rank, by
+    name. checks: what was compared. wrong: what this rank had where that was not its part of the tape, None where it
+    had nothing. shapes: of tensors that are no part, (this rank's, the tape's).
     """
 
     reference: Reference
@@ -45,6 +45,7 @@ class Judge:
     ranks: int
     meant: frozenset[Site] | None = None
     unclear: frozenset[str] = frozenset()
+    split: frozenset[str] = frozenset()
     modules: dict[str, nn.Module] = field(default_factory=dict)
     checks: dict[Site, Check] = field(default_factory=dict)
     wrong: dict[Site, Tensor | None] = field(default_factory=dict)
@@ -84,9 +85,9 @@ class Judge:
     def layout(self, site: Site) -> Layout | None:
         return self.checks[site].layout if site in self.checks else None
 
-    def blocks(self) -> dict[str, int]:
-        """Of each parameter, the number of the part that this rank holds."""
-        return {s.parameter: c.layout.block for s, c in self.checks.items() if s.pass_ == "weights"}
+    def parts(self) -> dict[str, Layout]:
+        """Of each parameter, where this rank's part lies in the whole."""
+        return {s.parameter: c.layout for s, c in self.checks.items() if s.pass_ == "weights"}
 
     def bound(self, site: Site) -> float:
         bounds = self.reference.bounds

@@ -38,31 +38,33 @@ def prove(subject: Subject) -> Report:
 
 
 def _compare(subject: Subject, where: Layout, recorded: Reference) -> StageFindings:
-    def judge(run: str, **known) -> Judge:  # known: what an earlier run told
-        return Judge(recorded, run, where.tp.rank, where.tp.size, **known)
-
     progress("in the parallel step")
-    part, step = subject.part(where), judge("step")
-    unclear = step.unclear = steps.unclear(part, recorded)
+    part = subject.part(where)
+    unclear, split = steps.unclear(part, recorded), steps.split(part, recorded)
+
+    def judge(run: str, **known) -> Judge:  # known: what an earlier run told
+        return Judge(recorded, run, where.tp.rank, where.tp.size, unclear=unclear, split=split, **known)
+
+    step = judge("step")
     found = StageFindings(parameters=frozenset(part.parameters()), unclear=unclear)
     steps.weights(part, step)
     if _any(step.wrong or step.shapes, where):
         findings.add(found, step, subject, where)
         return found
     called = steps.run(part, step, subject.seed)
-    found.drift = steps.replicas(part, where, step.blocks())
+    found.drift = steps.replicas(part, recorded, step.parts())
 
     progress("in the replay")
-    replayed = judge("replay", unclear=unclear)
+    replayed = judge("replay")
     found.called = called | steps.run(subject.part(where), replayed, subject.seed)
     findings.add(found, replayed, subject, where, tests=SUMMANDS)
     if _any(found.findings, where):
         # Again, now that it is known which partial sums are meant to be, so that each mistake is seen by itself.
         found.forget("replay")
-        known = {"unclear": unclear, "meant": found.meant}
+        known = {"meant": found.meant}
         part, isolated, alone = subject.part(where), judge("replay", **known), judge("replay", **known)
         steps.run(part, isolated, subject.seed)
-        found.drift = steps.replicas(part, where, step.blocks())
+        found.drift = steps.replicas(part, recorded, step.parts())
         replay.alone(subject.part(where), alone, found.called, subject.microbatches)
         findings.add(found, isolated, subject, where)
         findings.add(found, alone, subject, where)

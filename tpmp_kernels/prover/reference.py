@@ -97,7 +97,7 @@ def _run(whole: Whole, observer: Observer, seed: int) -> set[str]:
     totals: dict[str, Tensor] = {}
     for m, (x, target) in enumerate(zip(whole.inputs, whole.targets, strict=True)):
         probes.microbatch = m
-        loss = whole.loss(module(x.clone().requires_grad_(x.is_floating_point())), target)
+        loss = whole.loss(whole.forward(x.clone().requires_grad_(x.is_floating_point()), m), target)
         observer.seen(Site("forward", m, LOSS, 0, "out"), loss)
         loss.backward(torch.full_like(loss, whole.loss_scale))
         for name, parameter in parameters.items():

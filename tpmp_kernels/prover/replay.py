@@ -66,6 +66,6 @@ def _given(module: nn.Module, whole: Tensor, judge: Judge) -> Tensor:
     """The input as this kind of layer takes it, in memory of its own."""
     if isinstance(module, RowParallelLinear) and module.input_is_parallel:
         return whole.chunk(judge.ranks, dim=-1)[judge.rank].clone()
-    if getattr(module, "sequence_parallel", False):
+    if getattr(module, "sequence_parallel", False) and whole.is_floating_point():  # tokens are whole everywhere
         return whole.reshape(-1, whole.shape[-1]).chunk(judge.ranks)[judge.rank].clone()
     return whole.clone()

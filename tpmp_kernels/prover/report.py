@@ -104,7 +104,7 @@ def _alike(differences: Sequence[Difference]) -> list[str]:
     for number, group in enumerate(groups.values()):
         module, pass_, words = group[0].module, group[0].pass_, group[0].sentence.partition(": ")[2]
         found = [each.microbatch for each in group]
-        if number == 0 and len(found) > 1:
+        if number == 0 and len(found) > 1 and found[0] is not None:
             lines.append(f"and the same in microbatches {', '.join(map(str, found[1:]))}")
         if number > 0:
             which = f", microbatch{'es' * (len(found) > 1)} {', '.join(map(str, found))}"

@@ -7,18 +7,20 @@ rounding and the mistakes of the code since the sites before it, and of no other
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from tpmp_kernels.pipeline.stage import Stage
 from tpmp_kernels.prover.judge import Judge
+from tpmp_kernels.prover.layouts import Layout
 from tpmp_kernels.prover.probes import SLOTS, Probes
 from tpmp_kernels.prover.reference import Reference
 from tpmp_kernels.prover.sites import LOSS, OPTIMIZER, WHOLE_STEP, Site, of_parameter
 from tpmp_kernels.prover.subject import Part
-from tpmp_kernels.training.layout import Layout
 
 
 def weights(part: Part, judge: Judge) -> None:
@@ -75,15 +77,16 @@ def _one_microbatch(stage: Stage, judge: Judge, microbatch: int, backward: Calla
 
 
 def _untied(stage: Stage, judge: Judge) -> dict[str, torch.nn.Parameter]:
-    """The parameters of which this module has all the uses that the reference has: of a tied one that stands in several
-    stages or tensors, each has a part of the gradient until the step brings them together."""
+    """The parameters of which this module has all the uses that the reference has."""
     reference = judge.reference
     names: dict[int, list[str]] = {}
     found = dict(stage.module.named_parameters(remove_duplicate=False))
     for name, parameter in found.items():
         names.setdefault(id(parameter), []).append(name)
     return {
-        each[0]: found[each[0]] for each in names.values() if len(each) == reference.uses[reference.owners.get(each[0])]
+        each[0]: found[each[0]]
+        for each in names.values()
+        if len(each) == reference.uses[reference.owners.get(each[0])] and each[0] not in judge.split
     }
 
 
@@ -105,34 +108,51 @@ def _before_update(part: Part, judge: Judge, norm: float | None) -> None:
 def unclear(part: Part, reference: Reference) -> frozenset[str]:
     """Modules that the reference calls several times in a microbatch, and that stand in several stages: which of its
     calls a stage makes is not to be told. Collective over all ranks."""
-    mine = {number: [name for name, _ in stage.module.named_modules()] for number, stage in part.stages.items()}
-    every: list = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    stages = {number: names for theirs in every for number, names in theirs.items()}
-    counts = Counter(name for names in stages.values() for name in names)
+    counts = _stages_with(part, lambda module: module.named_modules())
     again = {site.module for site in reference.tape.sites("forward") if site.call > 0}
     return frozenset(name for name in again if counts[name] > 1)
 
 
-def replicas(part: Part, where: Layout, layouts: dict[str, int]) -> dict[str, list[int]]:
-    """Of each parameter that several ranks of the tensor-parallel group hold a part of alike, those whose bits differ
-    from the first's. layouts: the number of the part that this rank holds, by name. Collective."""
-    mine = {
-        name: (layouts[name], hashlib.blake2b(_bytes(parameter), digest_size=16).hexdigest())
-        for name, parameter in part.parameters().items()
-        if name in layouts
-    }
-    every: list = [None] * where.tp.size
-    dist.all_gather_object(every, mine, group=where.mesh.get_group("tp"))
-    first: dict[tuple[str, int], str] = {}
+def split(part: Part, reference: Reference) -> frozenset[str]:
+    """Names of tied parameters that stand in several stages: each of these has a part of the gradient until the step
+    brings them together. Collective over all ranks."""
+    counts = _stages_with(part, lambda module: module.named_parameters(remove_duplicate=False))
+    tied = (name for name, owner in reference.owners.items() if reference.uses[owner] > 1)
+    return frozenset(name for name in tied if counts[name] > 1)
+
+
+def _stages_with(part: Part, named: Callable[[nn.Module], Iterable[tuple[str, object]]]) -> Counter[str]:
+    """In how many stages each name stands. Collective over all ranks."""
+    mine = {number: [name for name, _ in named(stage.module)] for number, stage in part.stages.items()}
+    stages = {number: names for theirs in _of_all_ranks(mine) for number, names in theirs.items()}
+    return Counter(name for names in stages.values() for name in names)
+
+
+def replicas(part: Part, reference: Reference, layouts: dict[str, Layout]) -> dict[str, list[int]]:
+    """Of each parameter of which several ranks hold the same part, those of one stage or of two that hold a tied one,
+    the ranks whose bits differ from the first's. layouts: of this rank's parts, by name. Collective over all ranks."""
+    mine, known = [], set()
+    for name, parameter in part.parameters().items():
+        if name in layouts and id(parameter) not in known:
+            known.add(id(parameter))
+            layout = layouts[name]
+            held = (reference.owners[name], layout.dim, layout.start, layout.size)
+            mine.append((held, hashlib.blake2b(_bytes(layout.real(parameter)), digest_size=16).hexdigest()))
+    first: dict[tuple, str] = {}
     drifted: dict[str, list[int]] = {}
-    for rank, theirs in enumerate(every):
-        for name, (block, digest) in theirs.items():
-            if (name, block) in first:
-                drifted.setdefault(name, [])
-            if first.setdefault((name, block), digest) != digest:
-                drifted[name].append(rank)
+    for rank, theirs in enumerate(_of_all_ranks(mine)):
+        for held, digest in theirs:
+            if held in first:
+                drifted.setdefault(held[0], [])
+            if first.setdefault(held, digest) != digest:
+                drifted[held[0]].append(rank)
     return drifted
+
+
+def _of_all_ranks(mine: Any) -> list:
+    every: list = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return every
 
 
 def _bytes(parameter: torch.Tensor) -> memoryview:

@@ -14,10 +14,11 @@ from tpmp_kernels.training.layout import Layout
 
 @dataclass(frozen=True)
 class Whole:
-    """The unsharded step. inputs, targets: by microbatch. Gradients are those of loss_scale * (sum of the microbatch
-    losses); update() applies them to the parameters."""
+    """The unsharded step. forward(input, microbatch): a call of the module. inputs, targets: by microbatch. Gradients
+    are those of loss_scale * (sum of the microbatch losses); update() applies them to the parameters."""
 
     module: nn.Module
+    forward: Callable[[Tensor, int], Tensor]
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]

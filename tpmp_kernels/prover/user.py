@@ -64,7 +64,8 @@ class UserModule(Subject):
     def whole(self, dtype: torch.dtype) -> Whole:
         module = self._module(dtype)
         optimizer = self.optimizer(module.parameters())
-        return Whole(module, *self._chunks(dtype), self.loss, 1 / self.microbatches, optimizer.step)
+        chunks = self._chunks(dtype)
+        return Whole(module, lambda x, _: module(x), *chunks, self.loss, 1 / self.microbatches, optimizer.step)
 
     def part(self, where: Layout) -> Part:
         schedule = self.built_schedule()

@@ -79,7 +79,7 @@ def _drifted(stages: list[StageFindings]) -> list[Difference]:
             "replicas",
             None,
             "replica",
-            f"{name}, replicas: behind the step tp rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} "
+            f"{name}, replicas: behind the step rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} "
             "and the first rank that holds the same differ in their bits, and will drift apart",
             0.0,
             0.0,

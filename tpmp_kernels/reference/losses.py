@@ -58,14 +58,15 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     grad_scale: float | None = None,
+    partial_dx: bool = False,
 ) -> Tensor:
     """cross_entropy(x @ weight^T, target), logits in at least fp32. x [..., D], weight [V_r, D], target [...].
 
-    On a group x is the same on all ranks, and its gradient complete. grad_scale is what the caller will pass to
-    backward; nothing here depends on it.
+    On a group x is the same on all ranks, and its gradient complete, or with partial_dx this rank's part of the sum.
+    grad_scale is what the caller will pass to backward; nothing here depends on it.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    x = x if group is None or group.size == 1 else _Shared.apply(x, group)
+    x = x if partial_dx or group is None or group.size == 1 else _Shared.apply(x, group)
     return cross_entropy(
         F.linear(x.to(wide), weight.to(wide)),
         target,

@@ -12,6 +12,7 @@ from tpmp_kernels.tensor_parallel.meshes import close_communicators, communicato
 from tpmp_kernels.tensor_parallel.parallelize import parallelize
 from tpmp_kernels.tensor_parallel.prepare import PrepareModuleInput, PrepareModuleInputOutput, PrepareModuleOutput
 from tpmp_kernels.tensor_parallel.shard import (
+    ShardedModule,
     placement_of,
     replicas_of,
     shard_of,
@@ -36,6 +37,7 @@ __all__ = [
     "RowParallelLinear",
     "RowwiseParallel",
     "SequenceParallel",
+    "ShardedModule",
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "close_communicators",

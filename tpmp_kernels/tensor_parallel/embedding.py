@@ -1,14 +1,15 @@
 """The token embedding with its vocabulary cut over ranks: each looks up its own tokens, then rows are summed."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tpmp_kernels.comm.communicator import Communicator
 from tpmp_kernels.tensor_parallel.linear import reduce_output
+from tpmp_kernels.tensor_parallel.shard import ShardedModule
 from tpmp_kernels.tensor_parallel.vocabulary import own_ids, vocab_parameter
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(ShardedModule):
     """tokens [..] (int64) -> [.., H]; weight [V/R, H]: the rows of this rank, V = padded_vocab (see vocabulary.py).
 
     sequence_parallel: return this rank's tokens alone, [M/R, H]. ValueError where R does not divide V or M.

@@ -7,10 +7,11 @@ from tpmp_kernels import ops
 from tpmp_kernels.comm import autograd
 from tpmp_kernels.comm.communicator import Communicator
 from tpmp_kernels.tensor_parallel.column import column_linears
+from tpmp_kernels.tensor_parallel.shard import ShardedModule
 from tpmp_kernels.tensor_parallel.vocabulary import own_ids, vocab_parameter
 
 
-class VocabParallelHead(nn.Module):
+class VocabParallelHead(ShardedModule):
     """x [.., H] -> logits [.., V/R] of this rank's tokens, V = padded_vocab (see vocabulary.py); padding has -inf.
 
     weight: the embedding's parameter, to tie the two; both uses add to its gradient. sequence_parallel: x is
@@ -55,8 +56,7 @@ class VocabParallelHead(nn.Module):
         """Cross entropy with target (int64, one id for each of all tokens), in nat, the same on every rank; the logits
         are never whole. options: of ops.linear_cross_entropy."""
         if self.sequence_parallel:
-            # The op gives the whole dx on every rank.
-            x = autograd.all_gather(x, self.comm, grad="slice", tag="VocabParallelHead")
+            x = autograd.all_gather(x, self.comm, tag="VocabParallelHead")
         return ops.linear_cross_entropy(
             x,
             self.weight,
@@ -64,5 +64,6 @@ class VocabParallelHead(nn.Module):
             group=self.comm,
             vocab_start=own_ids(self.weight, self.comm).start,
             vocab_size=self.vocab_size,
+            partial_dx=self.sequence_parallel,  # added by the gather
             **options,
         )

@@ -28,6 +28,10 @@ class Group(NamedTuple):
     comm: Communicator
     mesh: DeviceMesh | None
 
+    def __deepcopy__(self, memo: dict) -> "Group":
+        """Itself, with its mesh: a copy of a layer stands among the same ranks."""
+        return self
+
 
 def redistribute(x: Tensor, source: Placement, target: Placement, comm: Communicator, *, tag: str) -> Tensor:
     """The plain tensor x of layout `source` in layout `target`. ValueError where a dimension does not divide."""

@@ -19,10 +19,10 @@ from tpmp_kernels import ops
 from tpmp_kernels.comm import autograd
 from tpmp_kernels.comm.communicator import Communicator
 from tpmp_kernels.tensor_parallel.column import column_linears, gathered_output
-from tpmp_kernels.tensor_parallel.shard import shard_parameter
+from tpmp_kernels.tensor_parallel.shard import ShardedModule, shard_parameter
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(ShardedModule):
     """Y_shard_n [.., N/R] = act(X [.., K] @ W_shard_n^T + b_shard_n). ValueError where R does not divide N.
 
     gather_output: return Y [.., N]. input_is_copied: x comes whole from a copy or gather that the caller put in front,
@@ -63,7 +63,7 @@ class ColumnParallelLinear(nn.Module):
         return gathered_output(ops.linear(x, self.weight, self.bias, activation=self.activation), self)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(ShardedModule):
     """Y [.., N] = sum over ranks of X_shard_k [.., K/R] @ W_shard_k^T, plus b. ValueError where R does not divide K.
 
     input_is_parallel: x is X_shard_k; otherwise it is the whole X, of which each rank takes its shard.

@@ -28,7 +28,7 @@ def parallelize(
     """Shard `module` in place, over the "tp" dimension of `mesh`, and return it. Collective.
 
     plan: {pattern: style} or [(pattern, style)]: see plans.py. Names, and so the keys of state_dict, stay. Column
-    layers of one parent that are called on the same tensor reduce its gradient once.
+    layers of one parent that are called on the same tensor reduce its gradient once, behind their weights' gradients.
 
     src_data_rank: the rank of the tensor-parallel group whose parameters and buffers, those that the plan does not name
     among them, all others take; None where all ranks hold the same already. defer_partial_gradients: gradients of norms
@@ -92,6 +92,6 @@ def _share_copies(module: nn.Module, comm: Communicator) -> None:
             siblings[name.rpartition(".")[0]].append(each)
     for parent, layers in siblings.items():
         if len(layers) > 1 and all(layer.shares is None for layer in layers):
-            shared = SharedCopy(module.get_submodule(parent), parent, comm)
+            shared = SharedCopy(module.get_submodule(parent), parent, layers, comm)
             for layer in layers:
                 layer.shares = shared

@@ -6,7 +6,14 @@
 | `tp_replicas`     | k, v projections | neighbouring ranks that hold the same shard, of R / replicas; elsewhere 1    |
 | `tp_unpadded`     | vocabulary       | length of the whole along `dim` without the zeros at its end                 |
 | `tp_partial_grad` | see gradients.py | neighbouring ranks over which what backward leaves in the gradient is to add |
+
+torch drops attributes where it makes a new parameter; a ShardedModule's keep theirs.
 """
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +21,40 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from tpmp_kernels.comm.communicator import Communicator
+
+
+class ShardedModule(nn.Module):
+    """A module whose own parameters keep their marks in to_empty, .to, load_state_dict(assign=True) and deepcopy."""
+
+    def _apply(self, fn, recurse: bool = True):
+        with _kept_marks(self):
+            return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        with _kept_marks(self):
+            super()._load_from_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedModule":
+        copied = memo[id(self)] = self.__new__(type(self))
+        copied.__setstate__(copy.deepcopy(vars(self), memo))
+        for name, marks in _marks(self).items():
+            vars(getattr(copied, name)).update(marks)
+        return copied
+
+
+@contextmanager
+def _kept_marks(module: nn.Module) -> Iterator[None]:
+    marks = _marks(module)
+    yield
+    for name in marks:
+        vars(getattr(module, name)).update(marks[name])
+
+
+def _marks(module: nn.Module) -> dict[str, dict[str, Any]]:
+    return {
+        name: {mark: value for mark, value in vars(parameter).items() if mark.startswith("tp_")}
+        for name, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def shard_size(size: int, ranks: int, what: str) -> int:

@@ -38,7 +38,7 @@ def state_dict(module: nn.Module, mesh: DeviceMesh | Communicator, *, full: bool
             state[name] = tensor
             seen.add(id(tensor))
     _check_alike(state, mesh)
-    return {name: _as_dtensor(t, mesh) if isinstance(t, nn.Parameter) else t for name, t in state.items()}
+    return {name: as_dtensor(t, t, mesh) if isinstance(t, nn.Parameter) else t for name, t in state.items()}
 
 
 def full_tensors(module: nn.Module, mesh: DeviceMesh | Communicator) -> Iterator[tuple[str, Tensor]]:
@@ -136,13 +136,15 @@ def _layout(tensor: Tensor, mesh: DeviceMesh) -> tuple[DeviceMesh, tuple[Placeme
     return (replicated_mesh(mesh, replicas), (placement, Replicate())) if replicas > 1 else (mesh, (placement,))
 
 
-def _as_dtensor(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
-    shape = _whole_shape(tensor, mesh.size())
+def as_dtensor(tensor: Tensor, parameter: Tensor, mesh: DeviceMesh) -> DTensor:
+    """`tensor`, of the parameter's shape and cut as it is, as a DTensor that shares its memory; the other ranks' are
+    taken to be equal parts. Collective over the whole of which `mesh` is a slice where neighbours share the parameter.
+    """
+    shape = _whole_shape(parameter, mesh.size())
     strides = tensor.stride()
     if shape != tensor.shape:
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    mesh, placements = _layout(tensor, mesh)
-    # from_local looks at nothing but this rank: _check_alike has looked at the others.
+    mesh, placements = _layout(parameter, mesh)
     return DTensor.from_local(tensor.detach(), mesh, placements, run_check=False, shape=shape, stride=strides)
 
 

@@ -4,7 +4,7 @@ A stock module becomes one of them in place, by a change of its class: whoever h
 its name, its hooks and the keys of its state_dict stay.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,11 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
 from tpmp_kernels import ops
 from tpmp_kernels.comm import Communicator, autograd
+from tpmp_kernels.tensor_parallel.copies import autocast_dtype, copied
 from tpmp_kernels.tensor_parallel.embedding import VocabParallelEmbedding
 from tpmp_kernels.tensor_parallel.layouts import Group, enter, enter_whole, leave, redistribute
 from tpmp_kernels.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
-from tpmp_kernels.tensor_parallel.shard import replicas_of, shard_parameter
+from tpmp_kernels.tensor_parallel.shard import ShardedModule, replicas_of, shard_parameter
 from tpmp_kernels.tensor_parallel.vocabulary import own_ids
 
 
@@ -28,23 +29,11 @@ class _Laid:
         self.local, self.defers = local, defers
         return self
 
-    def _apply(self, fn, recurse: bool = True):
-        """nn.Module's, behind to_empty and the like, which may make new parameters: they get the marks of shard.py."""
-        marks = {name: _marks(parameter) for name, parameter in self.named_parameters(recurse=False)}
-        super()._apply(fn, recurse)
-        for name, parameter in self.named_parameters(recurse=False):
-            vars(parameter).update(marks[name])
-        return self
-
     def _enter(self, x: Tensor, wanted: Placement) -> Tensor:
         return enter(x, self.source, wanted, self.group, tag=f"{self.name}.input")
 
     def _leave(self, y: Tensor, source: Placement) -> Tensor:
         return leave(y, source, self.target, self.group, local=self.local, tag=f"{self.name}.output")
-
-
-def _marks(parameter: nn.Parameter) -> dict[str, Any]:
-    return {name: value for name, value in vars(parameter).items() if name.startswith("tp_")}
 
 
 class StyledColumn(_Laid, ColumnParallelLinear):
@@ -55,18 +44,24 @@ class StyledColumn(_Laid, ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         x, summed = enter_whole(x, self.source, self.group, tag=f"{self.name}.input")
-        if not summed and self.shares is not None:
-            x, summed = self.shares(x), True
+        weight, bias, tap = self.weight, self.bias, None
+        if summed or self.comm.size == 1 or not (torch.is_grad_enabled() and x.requires_grad):
+            weight, bias = self.added()
+        elif self.shares is not None:
+            x, tap = self.shares(self, x)
+        else:
+            x, (tap,) = copied(x, self.comm, [self.added()], tag=f"{self.name}.input")
+        return self._leave(ops.linear(x, weight, bias, activation=self.activation, tap=tap), Shard(-1))
+
+    def added(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias; their gradients are added over neighbours that hold the same, unless that is deferred."""
         replicas = 1 if self.defers else replicas_of(self.weight)
-        if not summed and replicas == 1:
-            return self._leave(super().forward(x), Shard(-1))
-        if not summed:
-            x = autograd.copy(x, self.comm, tag=f"{self.name}.input")
-        weight, bias = self.weight, self.bias
-        if replicas > 1:
-            weight = copy_in_blocks(weight, self.comm, replicas, tag=f"{self.name}.weight")
-            bias = bias if bias is None else copy_in_blocks(bias, self.comm, replicas, tag=f"{self.name}.bias")
-        return self._leave(ops.linear(x, weight, bias, activation=self.activation), Shard(-1))
+        if replicas == 1:
+            return self.weight, self.bias
+        return tuple(
+            p if p is None else copy_in_blocks(p, self.comm, replicas, tag=f"{self.name}.{key}")
+            for key, p in (("weight", self.weight), ("bias", self.bias))
+        )
 
 
 class StyledRow(_Laid, RowParallelLinear):
@@ -99,7 +94,7 @@ class StyledVocabEmbedding(_Laid, VocabParallelEmbedding):
         return self._leave(found.masked_fill(foreign.unsqueeze(-1), 0), Partial())
 
 
-class StyledColumnEmbedding(_Laid, nn.Module):
+class StyledColumnEmbedding(_Laid, ShardedModule):
     """tokens [..] (int64) -> [.., H/R]; weight [V, H/R]: this rank's columns of every row."""
 
     padding_idx: int | None = None
@@ -114,24 +109,25 @@ class StyledColumnEmbedding(_Laid, nn.Module):
 
 
 class SharedCopy:
-    """One copy of x in front of those column layers of `parent` that are called on the same x, so that its gradient is
-    reduced once for all of them. It holds x within one forward of `parent`; elsewhere each call copies for itself."""
+    """One copy of x in front of those `layers` of `parent` that are called on the same x, so that its gradient is
+    reduced once for all of them, behind their weights'. It holds x within one forward of `parent`; elsewhere each call
+    copies for itself."""
 
-    def __init__(self, parent: nn.Module, name: str, comm: Communicator):
-        self.comm, self.tag = comm, f"{name}.input"
+    def __init__(self, parent: nn.Module, name: str, layers: Sequence[StyledColumn], comm: Communicator):
+        self.layers, self.comm, self.tag = layers, comm, f"{name}.input"
         self.active, self.last = False, None
         parent.register_forward_pre_hook(self._begin)
         parent.register_forward_hook(self._end, always_call=True)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return x
-        if self.last is None or self.last[0] is not x or self.last[1] != x._version:
-            copied = autograd.copy(x, self.comm, tag=self.tag)
-            if not self.active:
-                return copied
-            self.last = (x, x._version, copied)
-        return self.last[2]
+    def __call__(self, layer: StyledColumn, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x as `layer` is to read it, and its tap."""
+        now, layers = (x._version, autocast_dtype(x)), self.layers if self.active else [layer]
+        if self.last is None or self.last[0] is not x or self.last[1] != now:
+            self.last = x, now, copied(x, self.comm, [each.added() for each in layers], tag=self.tag)
+        whole, taps = self.last[2]
+        if not self.active:
+            self.last = None
+        return whole, taps[layers.index(layer)]
 
     def _begin(self, *_) -> None:
         self.active, self.last = True, None

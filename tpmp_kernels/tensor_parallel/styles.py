@@ -218,12 +218,12 @@ class ReplicateParallel(Style):
         if not self.partial_gradients or group.comm.size == 1:
             return
 
-        def mark(*_) -> None:
+        def mark(module: nn.Module, *_) -> None:
             for key, parameter in module.named_parameters():
                 _add_gradients(parameter, group.comm, defers=defers, tag=f"{name}.{key}.grad")
 
-        mark()
-        module.register_forward_pre_hook(mark)  # again: to_empty and a thaw make parameters that have no mark
+        mark(module)
+        module.register_forward_pre_hook(mark)  # again: to_empty, deepcopy and a thaw make parameters without a mark
 
 
 class SequenceParallel(ReplicateParallel):

@@ -57,7 +57,7 @@ class TrainingConfig:
     batch: int = 16
     """Sequences per step, over all microbatches."""
     seed: int = 0
-    """Seed of the parameters and of the order of the data."""
+    """Seed of the parameters, of the order of the data and of the masks of dropout."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Dtype of parameters and activations."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ def check(config: Config) -> None:
         )
 
 
+def check_resumed(config: Config, saved: Config) -> None:
+    """Refuse another model than the one whose checkpoint is to be read; dropout alone may change."""
+    for key, value in asdict(replace(config.model, dropout=saved.model.dropout)).items():
+        if value != (expected := getattr(saved.model, key)):
+            raise UsageError(
+                f"model.{key}: expected {expected}, as in the run that is resumed, got {value}; leave it out, or start "
+                "a new run"
+            )
+
+
 _POSITIVE = [
     "model.vocab_size", "model.hidden", "model.layers", "model.heads", "model.kv_heads",
     "model.ffn", "model.rope_theta", "model.norm_eps", "data.sequence", "parallel.tp", "parallel.pp",
@@ -45,6 +56,10 @@ def _check_numbers(config: Config) -> None:
     for name in _NOT_NEGATIVE:
         if not (math.isfinite(_value(config, name)) and _value(config, name) >= 0):
             raise UsageError(f"{name}: expected 0 or more, got {_value(config, name)}")
+    if not 0 <= config.model.dropout < 1:
+        raise UsageError(f"model.dropout: expected from 0 up to 1, got {config.model.dropout}; 0.1 drops a tenth")
+    if not 0 <= config.training.seed < 2**63:
+        raise UsageError(f"training.seed: expected from 0 to 2^63 - 1, got {config.training.seed}")
     if not 0 < config.data.validation_fraction < 1:
         raise UsageError(f"data.validation_fraction: expected between 0 and 1, got {config.data.validation_fraction}")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):

@@ -5,7 +5,7 @@ fp32 main parameter, and its gradients are added in fp32 as backward makes them,
 The update itself is torch.optim.AdamW's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,19 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
 
 
 class Optimizer:
-    """Over the parameters that this rank holds. `counts_replicas`: whether this rank (one of the tensor-parallel group)
-    counts replicated parameters in the global norm, so that each parameter is counted once."""
+    """Over the parameters that this rank holds. So that each is counted once in the global norm, counts_replicas says
+    whether this rank (one of the tensor-parallel group) counts replicated ones, and counted_elsewhere names those that
+    another stage counts."""
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig, *, counts_replicas: bool):
-        self.config, self.counts_replicas = config, counts_replicas
+    def __init__(
+        self,
+        module: nn.Module,
+        config: OptimizerConfig,
+        *,
+        counts_replicas: bool,
+        counted_elsewhere: Collection[str] = (),
+    ):
+        self.config, self.counts_replicas, self.counted_elsewhere = config, counts_replicas, counted_elsewhere
         self.parameters = dict(module.named_parameters())
         self.main = {name: _main_parameter(p) for name, p in self.parameters.items()}
         decayed = [p for p in self.main.values() if p.dim() > 1]
@@ -47,7 +55,8 @@ class Optimizer:
         counted = [
             main.grad.double().square().sum() / replicas_of(self.parameters[name])
             for name, main in self.main.items()
-            if placement_of(self.parameters[name]).is_shard() or self.counts_replicas
+            if name not in self.counted_elsewhere
+            and (placement_of(self.parameters[name]).is_shard() or self.counts_replicas)
         ]
         return torch.stack(counted).sum().cpu()
 

@@ -1,8 +1,8 @@
 """The proof: the parallel run's losses against an unsharded, unfused, single-process run from the same seed.
 
 The reference is stock torch: its own decoder (models/reference.py), torch.optim.AdamW, clip_grad_norm_, the whole batch
-at once. In fp64 rounding is far below any mistake, so fp64 is the proof; fp32 must agree while rounding has not yet
-grown through training.
+at once, under the masks of dropout that its microbatches have. In fp64 rounding is far below any mistake, so fp64 is
+the proof; fp32 must agree while rounding has not yet grown through training.
 """
 
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from tpmp_kernels.models.reference import ReferenceDecoder
 from tpmp_kernels.models.weights import initialize
+from tpmp_kernels.tensor_parallel import DropoutKey
 from tpmp_kernels.training.config import Config
 from tpmp_kernels.training.data import Corpus
 from tpmp_kernels.training.optimizer import learning_rate
@@ -64,7 +65,8 @@ def reference_losses(config: Config, corpus: Corpus) -> list[float]:
     losses = []
     for step in range(training.steps):
         tokens, targets = corpus.batch(step, seed=training.seed, size=training.batch, sequence=config.data.sequence)
-        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        keys = [DropoutKey(training.seed, step, 0, m) for m in range(config.parallel.microbatches)]
+        loss = F.cross_entropy(model(tokens, keys).flatten(0, 1), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_norm)
         for group in adamw.param_groups:

@@ -14,11 +14,13 @@ from tpmp_kernels.pipeline.runtime import Runtime, StepResult
 from tpmp_kernels.pipeline.schedule import Event
 from tpmp_kernels.pipeline.schedules import build
 from tpmp_kernels.pipeline.stage import Stage
-from tpmp_kernels.tensor_parallel import placement_of, reduce_partial_gradients
+from tpmp_kernels.tensor_parallel import reduce_partial_gradients
 from tpmp_kernels.training.config import Config
 from tpmp_kernels.training.data import Corpus
 from tpmp_kernels.training.layout import Layout
 from tpmp_kernels.training.optimizer import Optimizer
+
+TIED = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class StepStats:
 
 
 class Trainer:
+    """two_copies: whether this stage is one of the two that hold a tied weight, each for a use of its own."""
+
     def __init__(self, config: Config, layout: Layout, corpus: Corpus, *, device: str = "cpu"):
         self.config, self.layout, self.corpus, self.device = config, layout, corpus, device
         dtype = getattr(torch, config.training.dtype)
@@ -47,18 +51,25 @@ class Trainer:
             layout.layers(config.model.layers),
             sequence_parallel=config.parallel.sequence_parallel,
             sequence=config.data.sequence,
+            dropout_seed=config.training.seed,
             dtype=dtype,
             device=device,
         )
+        self.two_copies = config.model.tie_embeddings and self.model.first != self.model.last
         initialize(self.model, seed=config.training.seed, layers=config.model.layers, comm=layout.tp)
-        self.optimizer = Optimizer(self.model, config.optimizer, counts_replicas=layout.tp.rank == 0)
+        self.optimizer = Optimizer(
+            self.model,
+            config.optimizer,
+            counts_replicas=layout.tp.rank == 0,
+            counted_elsewhere={TIED} if self.two_copies and self.model.last else (),
+        )
         self.runtime = self._runtime(config.parallel.schedule, dtype)
         self.forward_only = self._runtime("forward-only", dtype)
         self.events: list[Event] = []
 
     def _runtime(self, schedule: str, dtype: torch.dtype) -> Runtime:
         parallel, training = self.config.parallel, self.config.training
-        stage = Stage(self.model, loss=self.model.loss if self.model.last else None)
+        stage = Stage(self.model, loss=self.model.loss if self.model.last else None, numbered=True)
         tokens = (training.batch // parallel.microbatches, self.config.data.sequence)
         if parallel.sequence_parallel:
             tokens = (math.prod(tokens) // self.layout.tp.size,)
@@ -82,6 +93,8 @@ class Trainer:
 
         # Here the ranks that finished their part of the schedule wait for the slowest: the end of the bubble.
         idle = time.perf_counter()
+        if self.two_copies:
+            gradients[TIED].add_(self._of_other_copy(gradients[TIED]))
         square_norm, loss = self.layout.world.all_reduce(
             torch.stack([self.optimizer.local_square_norm(), self._local_loss(result)]), tag="norm and loss"
         )
@@ -95,17 +108,39 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss over tokens, nat, on the same batches of the validation split each time."""
+        """Mean loss over tokens, nat, on the same batches of the validation split each time, without dropout."""
+        self.model.eval()
         losses = [
             self._local_loss(self._pass(self.forward_only, batch, "validation"))
             for batch in range(self.config.validation.batches)
         ]
+        self.model.train()
         return self.layout.world.all_reduce(torch.stack(losses).mean(), tag="validation loss").item()
 
     def tensors(self) -> dict[str, Placed]:
-        """What a checkpoint holds of this rank: name -> (local tensor, placement over tp)."""
-        model = {f"model.{name}": (p, placement_of(p)) for name, p in self.model.named_parameters()}
-        return model | {name: (t, placement_of(owner)) for name, t, owner in self.optimizer.tensors()}
+        """What a checkpoint holds of this rank, by name: a tensor, and the parameter that is cut alike."""
+        model = {f"model.{name}": (p, p) for name, p in self.model.named_parameters()}
+        return model | {name: (t, owner) for name, t, owner in self.optimizer.tensors()}
+
+    def copies_are_equal(self) -> bool:
+        """Whether the two copies of a tied weight have the same bits. Collective over all ranks."""
+        differ = False
+        if self.two_copies:
+            weight = self.model.get_parameter(TIED).detach()
+            differ = not torch.equal(weight, self._of_other_copy(weight))
+        return not self.layout.world.all_reduce(torch.tensor([int(differ)]), "max", tag="copies differ").item()
+
+    def _of_other_copy(self, mine: Tensor) -> Tensor:
+        """What the stage with the other copy of a tied weight has in place of `mine`, its gradient or itself. A sum of
+        two is the same bits in either order, so that both copies stay the same."""
+        pp, other = self.layout.pp, torch.empty_like(mine)
+        peer = pp.size - 1 if self.model.first else 0
+        calls = [(pp.isend, mine), (pp.irecv, other)]
+        # One sends first and the other receives first: NCCL runs the two calls of a pair one after the other.
+        works = [call(tensor, peer, tag=TIED) for call, tensor in (calls if self.model.first else reversed(calls))]
+        for work in works:
+            work.wait()
+        return other
 
     def _pass(self, runtime: Runtime, step: int, split: str) -> StepResult:
         training, data = self.config.training, self.config.data
@@ -114,7 +149,10 @@ class Trainer:
         )
         count = self.config.parallel.microbatches
         return runtime.step(
-            tokens.to(self.device).chunk(count), targets.to(self.device).chunk(count), loss_scale=1.0 / tokens.numel()
+            tokens.to(self.device).chunk(count),
+            targets.to(self.device).chunk(count),
+            loss_scale=1.0 / tokens.numel(),
+            step=step if split == "train" else None,
         )
 
     def _local_loss(self, result: StepResult) -> Tensor:

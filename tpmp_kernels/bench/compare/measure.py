@@ -19,7 +19,8 @@ CACHE_BYTES = 64 << 20  # operands of a layer come from memory: other layers ran
 @dataclass(frozen=True)
 class Error:
     """The largest error of outputs and gradients against fp64, each over the largest value of its tensor, and the
-    same over plain torch's. `wrong`: one of them is more than twice as far as plain torch, plus one rounding."""
+    same over plain torch's. `wrong`: one of them is more than twice as far as plain torch, plus one rounding, or a few
+    where a tensor is so small that plain torch may be lucky."""
 
     relative: float
     of_torch: float
@@ -83,8 +84,9 @@ def errors(
     wide = tuple(t.double() if t.is_floating_point() else t for t in operands)
     exact = step(partial(problem.call, reference), backward=backward)(*wide)
     unit = torch.finfo(operands[0].dtype).eps / 2
+    allowed = [unit * (8 if truth.numel() < 1000 else 1) for truth in exact]
     found = {name: _distances(step(call, backward=backward)(*operands), exact) for name, call in calls.items()}
-    return {name: _error(gaps, found[EAGER], unit) for name, gaps in found.items()}
+    return {name: _error(gaps, found[EAGER], allowed) for name, gaps in found.items()}
 
 
 def _distances(results: list[Tensor], exact: list[Tensor]) -> list[float]:
@@ -94,9 +96,9 @@ def _distances(results: list[Tensor], exact: list[Tensor]) -> list[float]:
     ]
 
 
-def _error(ours: list[float], eager: list[float], unit: float) -> Error:
+def _error(ours: list[float], eager: list[float], allowed: list[float]) -> Error:
     # `not <=` rather than `>`: a NaN is wrong
-    wrong = any(not our <= 2 * theirs + unit for our, theirs in zip(ours, eager, strict=True))
+    wrong = any(not our <= 2 * theirs + extra for our, theirs, extra in zip(ours, eager, allowed, strict=True))
     return Error(max(ours), max(ours) / max(eager) if max(eager) else float(max(ours) > 0), wrong)
 
 

@@ -1,0 +1,93 @@
+"""The kernels of the losses and the sum of dx compiled ahead of time for sm_90: nothing spills."""
+
+import itertools
+
+import pytest
+import torch
+
+from tpmp_kernels.kernels import tiles
+
+pytest.importorskip("triton")
+
+from aot_checks import assert_no_spill
+from aot_gemm import DTYPES, TOKENS, Case, check, empty
+
+from tpmp_kernels.kernels import aot, cross_entropy, linear
+
+SIZES = (16384, 4099)
+FIRST = {"first 32 bits": 4096, "first 64 bits": 2**31 + 5}
+ROWS, COLUMNS = "rows", "columns"  # which of them are adjacent in memory
+
+
+def logits(dtype: str, n: int, adjacent: str) -> torch.Tensor:
+    return empty(TOKENS, n, dtype=DTYPES[dtype]) if adjacent == COLUMNS else empty(n, TOKENS, dtype=DTYPES[dtype]).t()
+
+
+def build(kernel, named: dict) -> aot.Compiled:
+    return aot.compile(kernel, named, capability=90, num_warps=4, num_stages=3)
+
+
+def name(case: tuple) -> str:
+    return "-".join(map(str, case))
+
+
+def marked(grid: list[tuple], always: list[tuple]) -> list:
+    return [pytest.param(*c, marks=[pytest.mark.full] * (c not in always), id=name(c)) for c in grid]
+
+
+STATISTICS = list(itertools.product(DTYPES, SIZES, (None, 30.0), (False, True), (COLUMNS, ROWS), FIRST))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "softcap", "logit_sum", "adjacent", "first"),
+    marked(STATISTICS, [("fp32", 4099, 30.0, True, COLUMNS, "first 64 bits")]),
+)
+def test_aot_loss_statistics(dtype, n, softcap, logit_sum, adjacent, first):
+    z, target = logits(dtype, n, adjacent), empty(TOKENS, dtype=torch.int64)
+    found = empty(4, TOKENS, dtype=torch.float32)
+    named = cross_entropy.statistics_arguments(z, target, found, FIRST[first], softcap, logit_sum)
+    assert_no_spill(build(cross_entropy.statistics_kernel, named))
+
+
+# fp32 logits of a product become d in the dtype of the next; given logits keep theirs.
+PAIRS = [("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16")]
+GRADIENTS = [
+    (*pair, *rest)
+    for pair, *rest in itertools.product(PAIRS, SIZES, (None, 30.0), (False, True), (COLUMNS, ROWS), FIRST)
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out", "n", "softcap", "shifted", "adjacent", "first"),
+    marked(
+        GRADIENTS,
+        [
+            ("fp32", "bf16", 4099, 30.0, True, COLUMNS, "first 64 bits"),
+            ("bf16", "bf16", 16384, 30.0, True, ROWS, "first 32 bits"),
+        ],
+    ),
+)
+def test_aot_loss_gradient(dtype, out, n, softcap, shifted, adjacent, first):
+    z, target, row = logits(dtype, n, adjacent), empty(TOKENS, dtype=torch.int64), empty(TOKENS, dtype=torch.float32)
+    d, shift = empty(TOKENS, n, dtype=DTYPES[out]), row if shifted else None
+    named = cross_entropy.gradient_arguments(z, d, target, FIRST[first], row, row, row, row, shift, softcap)
+    assert_no_spill(build(cross_entropy.gradient_kernel, named))
+
+
+# ---- dx += d @ W_s; z = x @ W_s^T and dW_s are products of test_aot.py and test_aot_wgrad.py
+
+ADDED = tiles.Epilogue(residual=True, wide=True)
+DX = [
+    Case(dtype, tile, ADDED, width, classes)
+    for dtype, width, classes in itertools.product(("bf16", "fp16"), (4096, 4099), SIZES)
+    for tile in tiles.shipped("linear", TOKENS, width, classes, dtype, arch=90, epilogue=ADDED)
+]
+WIDEST = max((c for c in DX if c.dtype == "bf16"), key=lambda c: (c.tile.block_m * c.tile.block_n, -c.n, -c.k))
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.full] * (c != WIDEST), id=str(c)) for c in DX])
+def test_aot_loss_dx(case):
+    """The weight's columns are its rows here, and dx is read and written in fp32."""
+    dtype, dx = DTYPES[case.dtype], empty(TOKENS, case.n, dtype=torch.float32)
+    d, weight = empty(TOKENS, case.k, dtype=dtype), empty(case.k, case.n, dtype=dtype)
+    check(linear.linear_kernel, linear.arguments(d, weight.t(), None, dx, dx, None, None, case.tile), case)

@@ -1,0 +1,69 @@
+"""The kernels of the losses in fp64, and the largest error that rounding can explain; see bounds.py."""
+
+import torch
+from bounds import UNIT
+from torch import Tensor
+
+_U = UNIT[torch.float32]
+# tanh and its derivative by one exponential, a quotient and a product, each within a few units; 1 - exp magnifies four
+# times what is just too large for the series.
+_CAP_UNITS = 24
+
+
+def _capped(z: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, how far the capped logits may be off, the cap's derivative)."""
+    if softcap is None:
+        return z, torch.zeros_like(z), torch.ones_like(z)
+    t = (z / softcap).tanh()
+    return softcap * t, _CAP_UNITS * _U * (softcap * t).abs(), 4 / (2 * (z / softcap).cosh()) ** 2
+
+
+def statistics_bounds(
+    z: Tensor, target: Tensor, first: int, softcap: float | None, *, steps: int
+) -> list[tuple[Tensor, Tensor]]:
+    """(oracle, bound), [M] each, of peak, others, target's logit and the sum of the logits, made in `steps` pieces."""
+    z, off, _ = _capped(z.double(), softcap)
+    n, is_target = z.shape[1], torch.arange(first, first + z.shape[1], device=z.device) == target[:, None]
+    peak = z.amax(1)
+    exponentials = (z - peak[:, None]).exp().masked_fill(is_target, 0)
+    others = exponentials.sum(1)
+    # exp(x) is off by |x| and its own units; each new peak rescales the sum.
+    spread = z.amax(1) - z.amin(1)
+    relative = (4 * spread + n + 8 * steps + 16) * _U + 2 * off.amax(1)
+    target_logit = z.masked_fill(~is_target, 0).sum(1)
+    return [
+        (peak, off.amax(1)),
+        (others, relative * others + n * torch.finfo(torch.float32).smallest_normal),
+        (target_logit, off.masked_fill(~is_target, 0).sum(1)),
+        (z.sum(1), off.sum(1) + n * _U * z.abs().sum(1)),
+    ]
+
+
+def gradient_bound(
+    z: Tensor,
+    target: Tensor,
+    first: int,
+    peak: Tensor,
+    scale: Tensor,
+    target_scale: Tensor,
+    truth: Tensor,
+    shift: Tensor | None,
+    softcap: float | None,
+    *,
+    unit: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(oracle, bound), [M, N], for the numbers of each row that are given; `unit`: round-off of the result's dtype."""
+    z, off, slope = _capped(z.double(), softcap)
+    raw = 0 if softcap is None else (z / softcap).clamp(-1, 1).atanh().abs().clamp(max=1e3)
+    is_target = torch.arange(first, first + z.shape[1], device=z.device) == target[:, None]
+    peak, scale, target_scale, truth = (t.double()[:, None] for t in (peak, scale, target_scale, truth))
+    x = z - peak
+    risen = x.exp() * torch.where(is_target, target_scale, scale)
+    taken = torch.where(is_target, truth, 0) + (0 if shift is None else shift.double()[:, None])
+    d = (risen - taken) * slope
+    error = risen.abs() * ((3 * x.abs() + 8) * _U + 2 * off) + 4 * _U * (risen.abs() + taken.abs())
+    error = (error + (_CAP_UNITS + 16 * raw) * _U * (d / slope.clamp(min=1e-300)).abs()) * slope
+    info, narrow = torch.finfo(torch.float32), torch.finfo(dtype)
+    tiny = info.smallest_normal + narrow.smallest_normal * narrow.eps
+    return d, error + unit * (d.abs() + error) + tiny
