@@ -96,7 +96,7 @@ def test_schedule_tools_load_without_torch():
 # What a GPU machine has; nothing can be installed there.
 GPU_MACHINE = {
     "torch", "triton", "numpy", "pytest", "tpmp_kernels", "tests", "benchmarks",
-    "bounds", "neighbour_bounds", "problems",
+    "bounds", "neighbour_bounds", "loss_bounds", "loss_oracle", "loss_shards", "problems",
 }  # fmt: skip
 
 

@@ -36,6 +36,10 @@ class ScheduleError(ValueError):
     """A pipeline schedule is not executable: it deadlocks, loses or repeats work, or consumes the wrong data."""
 
 
+class StageFailed(RuntimeError):
+    """An exception within a pipeline stage; the message says stage, kind and microbatch, here and on every rank."""
+
+
 class ProofFailed(RuntimeError):
     """A parallel run differs from the unfused reference by more than rounding. Exit code 1."""
 

@@ -13,7 +13,7 @@ from tpmp_kernels import ops, reference
 from tpmp_kernels.ops import vocab_products, vocab_slices
 
 # As shipped, and blocks that go through few columns in several steps.
-BLOCKS = [None, (1, 16), (4, 16)]
+BLOCKS = [None, (2, 16), (4, 16)]
 
 
 def piece(d: Draw) -> tuple[torch.Tensor, torch.Tensor, int, float | None, tuple[int, int] | None]:
@@ -219,19 +219,18 @@ def loss_gradients() -> None:
         mock.patch.object(vocab_products, "_SLICES", {"cpu": (1, 16, 16)}),
         mock.patch.object(vocab_slices, "_LIMITS", {"cpu": (4, 4)}),
     ):
-        for given in ({}, options):
-            for call, inputs in (
-                (lambda r, z, g=given: r.cross_entropy(z, target, **g), [z]),
-                (lambda r, x, w, g=given: r.linear_cross_entropy(x, w, target, **g), [x, weight]),
-                (lambda r, x, w, g=given: r.linear_cross_entropy(x, w, target, grad_scale=1.0, **g), [x, weight]),
-            ):
-                with ops.use_backend("triton"):
-                    got = with_gradients(call(ops, *inputs), inputs, torch.ones(()))
-                eager = with_gradients(call(reference, *inputs), inputs, torch.ones(()))
-                wide = [t.detach().double().requires_grad_() for t in inputs]
-                oracle = with_gradients(call(reference, *wide), wide, torch.ones(()).double())
-                for ours, theirs, exact in zip(got, eager, oracle, strict=True):
-                    assert_no_worse_than_torch(ours, theirs, exact, least=10)
+        for call, inputs in (
+            (lambda r, z: r.cross_entropy(z, target, **options), [z]),
+            (lambda r, x, w: r.linear_cross_entropy(x, w, target, **options), [x, weight]),
+            (lambda r, x, w: r.linear_cross_entropy(x, w, target, grad_scale=1.0, **options), [x, weight]),
+        ):
+            with ops.use_backend("triton"):
+                got = with_gradients(call(ops, *inputs), inputs, torch.ones(()))
+            eager = with_gradients(call(reference, *inputs), inputs, torch.ones(()))
+            wide = [t.detach().double().requires_grad_() for t in inputs]
+            oracle = with_gradients(call(reference, *wide), wide, torch.ones(()).double())
+            for ours, theirs, exact in zip(got, eager, oracle, strict=True):
+                assert_no_worse_than_torch(ours, theirs, exact, least=10)
 
 
 def check_confident(dtype: torch.dtype) -> None:
@@ -255,4 +254,4 @@ each_dtype("loss_empty", check_loss_empty)
 each_dtype("loss_confident", check_confident)
 random_cases("loss_statistics", check_loss_statistics, sample=10)
 random_cases("loss_gradient", check_loss_gradient, sample=8)
-random_cases("loss_shards", check_loss_shards, sample=6)
+random_cases("loss_shards", check_loss_shards, sample=5)

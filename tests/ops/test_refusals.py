@@ -141,6 +141,6 @@ HAVE_ACTIVATION = [p for p in PROBLEMS if "activation" in inspect.signature(geta
 
 
 @pytest.mark.parametrize("problem", HAVE_ACTIVATION, ids=lambda p: p.name)
-@pytest.mark.parametrize("activation", ["tanh", "", 3, ["gelu"], torch.relu], ids=str)
+@pytest.mark.parametrize("activation", ["tanh", "", 3, ["gelu"], torch.relu], ids=list("abcde"))
 def test_an_unknown_activation_is_refused(problem, activation):
     assert not fault(problem, with_activation(problem, activation))

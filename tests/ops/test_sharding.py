@@ -18,6 +18,12 @@ TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 SAMPLE = 5
 
 
+def drawn(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """The same on every rank, whatever it ran before: distribute_tensor hands out rank 0's."""
+    generator = torch.Generator().manual_seed(17)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
 def op_of(problem):
     return getattr(torch.ops.tpmp_kernels, problem.op).default
 
@@ -78,7 +84,7 @@ def check_problem(name: str, sample: int | None) -> list[str]:
     inputs = problem.inputs(torch.float64, requires_grad=True)
     differentiable = [t for t in inputs if t.requires_grad]
     expected = flat(problem.call(ops, *inputs))
-    upstream = [torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(3)) for t in expected]
+    upstream = drawn(*(t.shape for t in expected))
     truth = torch.autograd.grad(expected, differentiable, upstream)
     expected = [t.detach() for t in expected]
     for placements in chosen(inputs, problem.raw(*inputs), sharding.RULES[op_of(problem)], sample):
@@ -131,7 +137,7 @@ def check_plans() -> list[str]:
 
     whole, column, row, last, batch, sequence = Replicate(), Shard(0), Shard(1), Shard(2), Shard(0), Shard(1)
     mesh, wrong = mesh_of(2), []
-    x, w, b, r, square = (torch.randn(s) for s in ((2, 6, 8), (4, 8), (4,), (2, 6, 4), (8, 8)))
+    x, w, b, r, square = drawn((2, 6, 8), (4, 8), (4,), (2, 6, 4), (8, 8))
 
     def linear(x, w, b, r):
         return ops.linear(x, w, b, activation="gelu", residual=r)
@@ -169,7 +175,7 @@ def check_decisions() -> list[str]:
     mesh, wrong = mesh_of(2), []
     from torch.distributed.tensor import Shard
 
-    x, w = torch.randn(6, 8, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
+    x, w = drawn((6, 8), (4, 8))
     cut = distributed(mesh, x, Shard(1)), distributed(mesh, w, Shard(1))
     for activation in (None, "gelu", None, "relu"):
         wrong += differs(
@@ -190,7 +196,7 @@ def check_compiled() -> list[str]:
         return ops.linear(ops.gated_linear(h, gate, gate), down), stream
 
     mesh = mesh_of(2)
-    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 6, 8), (8,), (4, 8), (8, 4))]
+    tensors = [t.requires_grad_() for t in drawn((2, 6, 8), (8,), (4, 8), (8, 4))]
     placements = Replicate(), Replicate(), Shard(0), Shard(1)
     cut = [distributed(mesh, t, p) for t, p in zip(tensors, placements, strict=True)]
     results = []
@@ -209,7 +215,7 @@ def check_refusals() -> list[str]:
     from torch.distributed.tensor import Replicate
 
     mesh, said = mesh_of(2), []
-    x, w, main_grad = torch.randn(6, 8), torch.randn(8, 8), torch.zeros(8, 8)
+    (x, w), main_grad = drawn((6, 8), (8, 8)), torch.zeros(8, 8, dtype=torch.float64)
     whole = [distributed(mesh, t, Replicate()) for t in (x, w, main_grad)]
     for call in (
         lambda: ops.linear(whole[0], w),

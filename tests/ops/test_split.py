@@ -249,3 +249,62 @@ def test_refused_in_one_sentence(call, kind, text):
     with pytest.raises(kind) as error:
         call()
     assert text in str(error.value) and "\n" not in str(error.value)
+
+
+class Blocks(torch.nn.Module):
+    """Every op with a weight gradient, a norm and a torch linear between them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = {"w1": (HIDDEN, K), "w2": (K, HIDDEN), "gate": (HIDDEN, K), "up": (HIDDEN, K), "down": (K, HIDDEN)}
+        for name, shape in shapes.items():
+            setattr(self, name, torch.nn.Parameter(torch.randn(shape)))
+        self.bias, self.scale = torch.nn.Parameter(torch.randn(HIDDEN)), torch.nn.Parameter(torch.rand(K))
+        self.plain = torch.nn.Linear(K, K)
+
+    def forward(self, x):
+        x = x + ops.linear(ops.linear(x, self.w1, self.bias, activation="gelu"), self.w2)
+        x = self.plain(ops.rms_norm(x, self.scale))
+        x = x + ops.linear(ops.gated_linear(x, self.gate, self.up), self.down)
+        return ops.mlp(x, self.w1, self.w2)  # weights that are used again
+
+
+def gradients(form, checkpoints: bool, apart: bool) -> list[torch.Tensor]:
+    """Of three microbatches, each backward in one go, or all of B before all of W."""
+    module = Blocks()
+    ops.attach_main_grad(module.parameters())
+    run = form(module)
+    batches, later = draw(torch.float32, 2, *3 * [(2, ROWS, K)]), []
+    for x in batches:
+        y = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False) if checkpoints else run(x)
+        if not apart:
+            y.square().sum().backward()
+            continue
+        loss = y.square().sum()
+        with ops.split_backward(module.parameters()) as left:
+            loss.backward()
+        names = {name for name, p in module.named_parameters() if p in left.parameters}
+        assert names == {"w1", "w2", "gate", "up", "down"}
+        later.append((left, [(dz.clone(), h.clone()) for _, dz, h in left._products]))
+    for left, clones in later:
+        kept = [(dz, h) for _, dz, h in left._products]
+        assert all(torch.equal(*each) for pair in zip(kept, clones, strict=True) for each in zip(*pair, strict=True))
+        left.run()
+        assert not left.parameters
+    assert not any(hasattr(p, "main_grad_later") for p in module.parameters())
+    return [p.grad.clone() for p in module.parameters()] + [x.grad for x in batches]
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_fullgraph_a_modules_backward_apart_has_the_bits_of_the_whole(form, checkpoints):
+    """What is stashed does not change either, although other microbatches run in between."""
+    whole, apart = (gradients(form, checkpoints, apart) for apart in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(whole, apart, strict=True))
+
+
+def test_a_weight_without_main_grad_has_its_gradient_in_the_backward():
+    module = Blocks()
+    with ops.split_backward(module.parameters()) as left:
+        module(torch.randn(2, K)).sum().backward()
+    assert not left.parameters and all(p.grad is not None for p in module.parameters())

@@ -5,20 +5,33 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tpmp_kernels import ops
 from tpmp_kernels.comm import SelfCommunicator, communicator
-from tpmp_kernels.errors import ScheduleError
+from tpmp_kernels.errors import PeerFailed, ScheduleError, StageFailed
 from tpmp_kernels.pipeline.runtime import Runtime
-from tpmp_kernels.pipeline.schedule import Action, Kind, Schedule
-from tpmp_kernels.pipeline.schedules import build
+from tpmp_kernels.pipeline.schedule import Schedule
+from tpmp_kernels.pipeline.schedules import SCHEDULES, build
 from tpmp_kernels.pipeline.stage import Stage
-from tpmp_kernels.pipeline.validate import validate
 
 ROWS, WIDTH = 3, 8
 
 
+class Block(nn.Module):
+    """Our ops, whose backward comes apart, around a norm and a torch module, whose does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        h = ops.linear(self.norm(x), self.up.weight, self.up.bias, activation="gelu")
+        return torch.tanh(self.linear(ops.linear(h, self.down.weight, self.down.bias, residual=x)))
+
+
 def layers(stages: int) -> list[nn.Module]:
     torch.manual_seed(0)
-    return [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)) for _ in range(stages)]
+    return [Block() for _ in range(stages)]
 
 
 def squared_error(output, target):
@@ -30,32 +43,32 @@ def data(microbatches: int):
     return torch.randn(microbatches, ROWS, WIDTH).unbind(), torch.randn(microbatches, ROWS, WIDTH).unbind()
 
 
-class Counted(Stage):
-    """Remembers how many microbatches were live at most."""
-
-    peak = 0
-
-    def forward(self, *args):
-        output = super().forward(*args)
-        self.peak = max(self.peak, self.live)
-        return output
+def stages_of(schedule: Schedule, rank: int, **how) -> dict[int, Stage]:
+    modules, last = layers(schedule.stages), schedule.stages - 1
+    return {
+        number: Stage(modules[number], loss=squared_error if number == last else None, **how)
+        for number, holder in enumerate(schedule.placement)
+        if holder == rank
+    }
 
 
-def run_pipeline(schedule: str, microbatches: int):
+def run_pipeline(schedule: str, microbatches: int, how: dict):
     with communicator(dist.group.WORLD, name="pp") as comm:
-        module = layers(comm.size)[comm.rank]
-        stage = Counted(module, loss=squared_error if comm.rank == comm.size - 1 else None)
         plan = build(schedule, ranks=comm.size, microbatches=microbatches)
-        runtime = Runtime(plan, {comm.rank: stage}, comm, shape=(ROWS, WIDTH), dtype=torch.float32)
+        stages = stages_of(plan, comm.rank, **how)
+        runtime = Runtime(plan, stages, comm, shape=(ROWS, WIDTH), dtype=torch.float32)
         inputs, targets = data(microbatches)
         first = runtime.step(inputs, targets, loss_scale=0.5)
         second = runtime.step(inputs, targets, loss_scale=0.5)  # a runtime is used again and again
-        grads = [p.grad.clone() for p in module.parameters()]
-        return first.losses, second.losses, grads, stage.peak, stage.live, [e[:3] for e in first.events]
+        grads = {number: [p.grad.clone() for p in stage.module.parameters()] for number, stage in stages.items()}
+        computes = [each[:3] for each in first.events]
+        return first.losses, second.losses, grads, sum(stage.live for stage in stages.values()), computes
 
 
-def one_process(stages: int, microbatches: int):
-    model = nn.Sequential(*layers(stages))
+def one_process(stages: int, microbatches: int, compile: bool = False):
+    blocks = layers(stages)
+    model = nn.Sequential(*(map(torch.compile, blocks) if compile else blocks))
+    ops.attach_main_grad(model.parameters())
     inputs, targets = data(microbatches)
     losses = []
     for _ in range(2):
@@ -66,26 +79,43 @@ def one_process(stages: int, microbatches: int):
     return losses, [[p.grad for p in stage.parameters()] for stage in model]
 
 
+WITH_BACKWARD = [name for name in SCHEDULES if name != "forward-only"]
+
+
 @pytest.mark.parametrize("microbatches", [1, 3, 8])
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "1f1b-eager"])
+@pytest.mark.parametrize("schedule", WITH_BACKWARD)
 @pytest.mark.parametrize("size", [2, 4])
 def test_losses_and_gradients_are_those_of_one_process_bitwise(ranks, size, schedule, microbatches):
-    losses, grads = one_process(size, microbatches)
-    report = validate(build(schedule, ranks=size, microbatches=microbatches))
-    results = ranks(size).run(run_pipeline, schedule, microbatches)
-    for rank, (first, second, ours, peak, live, events) in enumerate(results):
-        assert [*first, *second] == (losses if rank == size - 1 else [])
-        assert all(torch.equal(a, b) for a, b in zip(ours, grads[rank], strict=True))
-        assert peak == report.peak_live[rank] and live == 0
-        assert len(events) == 2 * microbatches
+    check_bitwise(ranks, size, schedule, microbatches, {})
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+@pytest.mark.parametrize("how", [{"recompute": True}, {"compile": True}, {"compile": True, "recompute": True}], ids=str)
+def test_recomputed_and_compiled_stages_too(ranks, schedule, how):
+    check_bitwise(ranks, 2, schedule, 3, how)
+
+
+def check_bitwise(ranks, size: int, schedule: str, microbatches: int, how: dict) -> None:
+    try:
+        plan = build(schedule, ranks=size, microbatches=microbatches)
+    except ValueError as error:
+        pytest.skip(str(error))
+    losses, grads = one_process(plan.stages, microbatches, how.get("compile", False))
+    results = ranks(size).run(run_pipeline, schedule, microbatches, how)
+    for rank, (first, second, ours, live, computes) in enumerate(results):
+        assert [*first, *second] == (losses if rank == plan.placement[-1] else [])
+        for number, each in ours.items():
+            assert all(torch.equal(a, b) for a, b in zip(each, grads[number], strict=True))
+        assert live == 0
+        assert computes == [(kind.name, *of) for kind, *of in plan.apart().actions[rank]]
 
 
 def run_forward_only():
     with communicator(dist.group.WORLD, name="pp") as comm, torch.no_grad():
-        stage = Stage(layers(comm.size)[comm.rank], loss=squared_error if comm.rank == comm.size - 1 else None)
         plan = build("forward-only", ranks=comm.size, microbatches=4)
-        result = Runtime(plan, {comm.rank: stage}, comm, shape=(ROWS, WIDTH), dtype=torch.float32).step(*data(4))
-        return result.losses, stage.live
+        stages = stages_of(plan, comm.rank)
+        result = Runtime(plan, stages, comm, shape=(ROWS, WIDTH), dtype=torch.float32).step(*data(4))
+        return result.losses, stages[comm.rank].live
 
 
 def test_forward_only_keeps_no_activations(ranks):
@@ -143,7 +173,94 @@ def test_a_numbered_stage_is_told_step_and_microbatch(given):
     assert module.turns == [(given.get("step"), m) for m in range(3)]
 
 
-def test_a_schedule_that_the_runtime_cannot_compute_is_refused():
-    actions = tuple(Action(kind, 0, 0) for kind in (Kind.F, Kind.B, Kind.W))
-    with pytest.raises(ScheduleError, match="the runtime computes F and BW, but schedule mine has B, W; choose one"):
-        Runtime(Schedule("mine", (0,), 1, (actions,)), {}, SelfCommunicator(), shape=(1,), dtype=torch.float32)
+def run_varying():
+    """Microbatches of 2, 5 and 3 rows: gradients of the mean over all of them, and the losses on every rank."""
+    with communicator(dist.group.WORLD, name="pp") as comm:
+        plan = build("zb-h1", ranks=comm.size, microbatches=3)
+        stages, rows = stages_of(plan, comm.rank), (2, 5, 3)
+        runtime = Runtime(plan, stages, comm, shape=(), dtype=torch.float32, losses_everywhere=True)
+        inputs, targets = (torch.cat(each)[:10].split(rows) for each in data(4))
+        shapes = [(n, WIDTH) for n in rows]
+        result = runtime.step(inputs, targets, loss_scale=1 / sum(rows), shapes=shapes)
+        return result.losses, [p.grad.clone() for p in stages[comm.rank].module.parameters()]
+
+
+def test_lengths_may_vary_and_the_mean_is_over_all_tokens(ranks):
+    model = nn.Sequential(*layers(2)).double()
+    inputs, targets = (torch.cat(each)[:10].double() for each in data(4))
+    squared_error(model(inputs), targets).div(10).backward()
+    results = ranks(2).run(run_varying)
+    assert results[0][0] == results[1][0] and len(results[0][0]) == 3
+    for (_, grads), stage in zip(results, model, strict=True):
+        for ours, exact in zip(grads, stage.parameters(), strict=True):
+            torch.testing.assert_close(ours.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+class Failing(Block):
+    def forward(self, x):
+        if self.calls == 2:
+            raise FloatingPointError("the third is one too many")
+        self.calls += 1
+        return super().forward(x)
+
+
+def run_failing():
+    with communicator(dist.group.WORLD, name="pp") as comm:
+        plan = build("1f1b", ranks=comm.size, microbatches=4)
+        stages = stages_of(plan, comm.rank)
+        if comm.rank == 1:
+            stages[1].module = stages[1]._call = Failing()
+            stages[1].module.calls = 0
+        try:
+            Runtime(plan, stages, comm, shape=(ROWS, WIDTH), dtype=torch.float32).step(*data(4))
+        finally:
+            assert stages[comm.rank].live == 0
+
+
+def test_an_exception_names_stage_kind_and_microbatch_on_every_rank(ranks):
+    first, second = ranks(2).outcomes(run_failing)
+    words = "F of stage 1, microbatch 2 raised FloatingPointError: the third is one too many"
+    assert isinstance(second.error, StageFailed) and str(second.error) == words
+    assert isinstance(first.error, PeerFailed) and words in str(first.error)
+
+
+@pytest.mark.parametrize(
+    ("stages", "sentence"),
+    [
+        ({}, r"1f1b: rank 0 holds stage 0, but got stages \[\]; pass one Stage for each of its numbers"),
+        ({0: Stage(Block())}, "1f1b: stage 0 of 1 has no loss; give loss= to the last stage, and to no other"),
+    ],
+)
+def test_stages_that_do_not_fit_the_schedule_are_refused(stages, sentence):
+    plan = build("1f1b", ranks=1, microbatches=2)
+    with pytest.raises(ScheduleError, match=sentence):
+        Runtime(plan, stages, SelfCommunicator(), shape=(1,), dtype=torch.float32)
+
+
+def run_measured(schedule: str):
+    with communicator(dist.group.WORLD, name="pp") as comm:
+        plan = build(schedule, ranks=comm.size, microbatches=8)
+        stages = stages_of(plan, comm.rank)
+        runtime = Runtime(plan, stages, comm, shape=(512, WIDTH), dtype=torch.float32, measure_memory=True)
+        inputs, targets = (torch.randn(8, 512, WIDTH).unbind() for _ in range(2))
+        runtime.step(inputs, targets)
+        return runtime.step(inputs, targets).live_bytes
+
+
+def test_what_is_held_is_what_the_proof_allows(ranks):
+    """gpipe holds all 8 microbatches, 1f1b two and one; nothing is left behind the step."""
+    peaks = {}
+    for schedule in ("gpipe", "1f1b"):
+        levels = ranks(2).run(run_measured, schedule)
+        assert [each[-1] < max(each) / 8 for each in levels] == [True, True]
+        peaks[schedule] = [max(each) for each in levels]
+    first, last = (gpipe / one for gpipe, one in zip(peaks["gpipe"], peaks["1f1b"], strict=True))
+    assert 3 < first < 5 and 5 < last < 9
+
+
+def test_inputs_of_the_first_stage_stay_as_they_are():
+    inputs, targets = data(2)
+    plan = build("1f1b", ranks=1, microbatches=2)
+    runtime = Runtime(plan, stages_of(plan, 0), SelfCommunicator(), shape=(ROWS, WIDTH), dtype=torch.float32)
+    runtime.step(inputs, targets)
+    assert all(not x.requires_grad and x.grad is None for x in inputs)

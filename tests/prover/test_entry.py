@@ -34,11 +34,6 @@ TABLE = {"up": "colwise", "down": "rowwise"}
             r"verify: inputs are \[8, 5, 8\], which cannot be cut along dimension 0 into 3",
         ),
         ({"pp": 2}, ValueError, "verify: pp is 2, but a table shards a whole module; pass a function"),
-        (
-            {"pp": 2, "plan": parallel, "schedule": "zb-h1"},
-            ScheduleError,
-            "the runtime computes F and BW, but schedule",
-        ),
         ({"schedule": "zb"}, ValueError, "schedule 'zb' is unknown; did you mean"),
         ({"model_fn": lambda: Stock()}, TypeError, "verify: its arguments are sent to the ranks, which fails with: "),
     ],
@@ -50,11 +45,11 @@ def test_arguments_that_cannot_be_are_refused_before_a_rank_starts(arguments, er
     assert multiprocessing.active_children() == before
 
 
-def test_the_runtime_says_which_schedules_it_can_execute(monkeypatch):
+def test_the_schedule_is_proved_first(monkeypatch):
     def refuse(schedule, *args, **options):
         raise ScheduleError(f"not {schedule.name}")
 
-    monkeypatch.setattr(entry, "Runtime", refuse)
+    monkeypatch.setattr(entry, "validate", refuse)
     with pytest.raises(ScheduleError, match="not gpipe"):
         verify(Stock, regression(), TABLE, schedule="gpipe")
 
@@ -89,7 +84,10 @@ class Dies(RowParallelLinear):
 
 @pytest.mark.parametrize(
     ("kind", "sentence"),
-    [(Raises, "failed with LookupError: the very cause\nTraceback"), (Dies, "was killed by SIGKILL")],
+    [
+        (Raises, "failed with StageFailed: F of stage 0, microbatch 0 raised LookupError: the very cause"),
+        (Dies, "was killed by SIGKILL"),
+    ],
 )
 def test_a_rank_that_fails_is_named(ranks, kind, sentence):
     given = {"model_fn": Model, "batch": batch(), "loss": loss, "parallel_loss": parallel_loss, "pool": ranks(2)}

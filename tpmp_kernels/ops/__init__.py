@@ -16,9 +16,10 @@ from tpmp_kernels.ops.main_grad import attach_main_grad
 from tpmp_kernels.ops.mlp import gated_mlp, mlp
 from tpmp_kernels.ops.rms_norm import rms_norm
 from tpmp_kernels.ops.rope import Llama3Scaling, rope, rope_table
-from tpmp_kernels.ops.split import dgrad, tap, wgrad
+from tpmp_kernels.ops.split import Later, dgrad, split_backward, tap, wgrad
 
 __all__ = [
+    "Later",
     "Llama3Scaling",
     "attach_main_grad",
     "clip_grads_",
@@ -35,6 +36,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_table",
+    "split_backward",
     "tap",
     "use_backend",
     "wgrad",

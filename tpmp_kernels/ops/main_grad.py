@@ -98,7 +98,7 @@ def weight_grad(dz: Tensor, x: Tensor, slot: Tensor | None) -> Tensor | None:
     """
     if slot is None or torch.is_grad_enabled():
         return mm(dz.t(), x)
-    _wgrad_of_parameter(dz, x, slot)
+    _wgrad_of_parameter(dz, x, slot, torch.compiler.is_compiling())
     return None
 
 
@@ -138,7 +138,11 @@ def _begin(slot: Tensor | None, main_grad: Tensor) -> bool:
     return grad is not None
 
 
-def _add_to_parameter(dz: Tensor, x: Tensor, slot: Tensor) -> None:
+def _add_to_parameter(dz: Tensor, x: Tensor, slot: Tensor, compiled: bool) -> None:
+    """Add the product now, or leave it to whom split_backward gave the parameter (see split.py).
+
+    compiled: whether a compiled graph calls, which may write its next result where dz or x lies.
+    """
     parameter = _owner(slot)
     if parameter is None:
         raise RuntimeError(
@@ -151,8 +155,13 @@ def _add_to_parameter(dz: Tensor, x: Tensor, slot: Tensor) -> None:
             f"main_grad: must be {wide} {list(parameter.shape)} on {parameter.device} as its parameter, got "
             f"{main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}; attach after converting the parameters"
         )
-    if _accumulates(parameter):
+    if not _accumulates(parameter):
+        return
+    later = getattr(parameter, "main_grad_later", None)
+    if later is None:
         add_product(dz, x, main_grad, slot=slot)
+    else:
+        later.append(parameter, *((dz.clone(), x.clone()) if compiled else (dz, x)))
 
 
 def _accumulates(parameter: Tensor) -> bool:
@@ -179,9 +188,9 @@ def _accumulates(parameter: Tensor) -> bool:
 
 
 _wgrad_of_parameter = register(
-    "wgrad_of_parameter(Tensor dz, Tensor x, Tensor slot) -> ()",
+    "wgrad_of_parameter(Tensor dz, Tensor x, Tensor slot, bool compiled) -> ()",
     _add_to_parameter,
-    lambda dz, x, slot: None,
+    lambda dz, x, slot, compiled: None,
     sharding="a main_grad belongs to a plain parameter",
 )
 _register_effectful_op(_wgrad_of_parameter, _EffectType.ORDERED)

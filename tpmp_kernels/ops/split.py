@@ -1,4 +1,14 @@
-"""The backward of a linear in two parts that may run at different times: B (input gradient) and W (weight gradient).
+"""The backward of linears in two parts that may run at different times: B (input gradient) and W (weight gradient).
+
+Of a whole module, whatever lies between its linears, under activation checkpointing and torch.compile too:
+
+    ops.attach_main_grad(module.parameters())
+    with ops.split_backward(module.parameters()) as later:
+        torch.autograd.backward(module(x), dy)              B: everything but the products dZ^T @ x
+    later.run()                                             W: adds those to the weights' main_grads
+
+Here the ops' own backward hands over (dZ, x) where it would multiply. A compiled graph may write its next result over
+them, so that from there they are copied. Of one linear, by hand:
 
     t = ops.tap(x, weight)
     y = ops.linear(x, weight, bias, tap=t)
@@ -6,10 +16,11 @@
     ops.wgrad(dz, x, main_grad=weight.main_grad)            W: whenever there is time; dbias is dz.sum over rows
 
 A tap is added to z = x @ weight^T + bias, as zeros without memory that nobody reads, so its gradient is dZ. Nothing
-but x and dZ is kept for W, by the caller, and under torch.compile both leave the graph as ordinary outputs. (A queue
-filled inside the backward does not survive there: an op without outputs is eliminated, and one that keeps dY has it
-overwritten by the next buffer.)
+but x and dZ is kept for W, by the caller, and under torch.compile both leave the graph as ordinary outputs.
 """
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -69,6 +80,47 @@ def wgrad(dz: Tensor, x: Tensor, *, main_grad: Tensor | None = None) -> Tensor |
     _check_main_grad(dz, x, main_grad)
     _wgrad_into(_as_autocast(dz.detach()), _as_autocast(x.detach()), main_grad, slot(main_grad))
     return None
+
+
+class Later:
+    """The products dZ^T @ x that one backward has left, in its order: what W of a microbatch is."""
+
+    def __init__(self):
+        self._products: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def append(self, parameter: Tensor, dz: Tensor, x: Tensor) -> None:
+        """Called in the backward: dz [M, N], x [M, K] of a linear whose weight is `parameter` [N, K]."""
+        self._products.append((parameter, dz, x))
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Add every product to its parameter's main_grad, the bits that the unsplit backward adds; once."""
+        products, self._products = self._products[::-1], []
+        while products:  # what a product has read is free again behind it
+            parameter, dz, x = products.pop()
+            _wgrad_into(dz, x, parameter.main_grad, slot(parameter))
+
+    @property
+    def parameters(self) -> set[Tensor]:
+        """Whose products are left."""
+        return {parameter for parameter, _, _ in self._products}
+
+
+@contextmanager
+def split_backward(parameters: Iterable[Tensor]) -> Iterator[Later]:
+    """A backward within leaves the weight gradients of `parameters` to `run()` of what this gives.
+
+    Those are the products of ops.linear, gated_linear, mlp and gated_mlp for weights with a `main_grad`; everything
+    else (biases, norms, other modules) is accumulated in the backward as always. Not to be nested for one parameter.
+    """
+    later, parameters = Later(), [p for p in parameters if slot(p) is not None]
+    for parameter in parameters:
+        parameter.main_grad_later = later
+    try:
+        yield later
+    finally:
+        for parameter in parameters:
+            del parameter.main_grad_later
 
 
 def _check_main_grad(dz: Tensor, x: Tensor, main_grad: Tensor) -> None:

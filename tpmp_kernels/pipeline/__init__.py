@@ -11,9 +11,11 @@
     simulate.py    a schedule carried out with time; simulation.py is the result with its figures
     draw/          pictures: SVG, PNG, terminal, Chrome trace
     command.py     `tpmp schedule`, with its options.py and summary.py
-    stage.py       a module and what it remembers of each microbatch between forward and backward
+    stage.py       a module and what it remembers of each microbatch between forward and weight gradient
+    channels.py    what crosses stage borders
+    memory.py      counts what a pass holds
     runtime.py     the one loop that executes a schedule
 
-All but the last two, and draw/png.py, import the standard library alone, so that schedules can be built, proved, timed
+All but the last four, and draw/png.py, import the standard library alone, so that schedules can be built, proved, timed
 and drawn without torch. Nothing is imported here for the same reason: take names from the modules themselves.
 """

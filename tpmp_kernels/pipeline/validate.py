@@ -80,7 +80,9 @@ def _check_actions(schedule: Schedule, rank: int, progress: bytearray) -> int:
     """All that one rank's own order decides; returns its peak of live activations. Marks `progress`, by stage and
     microbatch. One flat loop, for it sees every action."""
     placement, microbatches, backward = schedule.placement, schedule.microbatches, schedule.backward
-    newest = [-1] * schedule.stages
+    # Some gradients add up in B, those of norms and embeddings, and the rest in W.
+    in_b, in_w = ([-1] * schedule.stages for _ in range(2))
+    added = {Kind.B: (in_b,), Kind.W: (in_w,), Kind.BW: (in_b, in_w)}
     live = peak = 0
     for position, action in enumerate(schedule.actions[rank]):
         kind, stage, microbatch = action
@@ -99,12 +101,13 @@ def _check_actions(schedule: Schedule, rank: int, progress: bytearray) -> int:
             peak = max(peak, live, 1)
         elif not backward:
             raise _fault(schedule, rank, action, "but the schedule is forward only")
-        elif kind is not Kind.B:
-            live -= 1
-            if microbatch < newest[stage]:
-                text = f"after that of microbatch {newest[stage]}, but gradients must add up in increasing order"
-                raise _fault(schedule, rank, action, text)
-            newest[stage] = microbatch
+        else:
+            live -= kind is not Kind.B
+            for newest in added[kind]:
+                if microbatch < newest[stage]:
+                    text = f"after that of microbatch {newest[stage]}, but gradients must add up in increasing order"
+                    raise _fault(schedule, rank, action, text)
+                newest[stage] = microbatch
     _check_memory(schedule, rank, peak)
     return peak
 

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tpmp_kernels.comm import Communicator, SelfCommunicator
+from tpmp_kernels.comm import Communicator
 from tpmp_kernels.errors import TransportError
-from tpmp_kernels.pipeline.runtime import Runtime
+from tpmp_kernels.pipeline.validate import validate
 from tpmp_kernels.prover.bounds import UNIT
 from tpmp_kernels.prover.prove import prove
 from tpmp_kernels.prover.report import Report
@@ -99,8 +99,7 @@ def _check(subject: UserModule) -> None:
             f"verify: pp is {subject.pp}, but a table shards a whole module; pass a function (module, comm, stage=, "
             "stages=) -> module for plan"
         )
-    # The runtime's own word on what it can execute.
-    Runtime(subject.built_schedule(), {}, SelfCommunicator(), shape=(), dtype=subject.dtype)
+    validate(subject.built_schedule())
 
 
 def _check_picklable(subject: UserModule) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from tpmp_kernels.pipeline.stage import Stage
 from tpmp_kernels.prover.judge import Judge
@@ -45,7 +45,7 @@ def run(part: Part, judge: Judge, seed: int) -> set[str]:
 
 
 def _watch(stage: Stage, probes: Probes, judge: Judge) -> None:
-    forward, backward = stage.forward, stage.backward
+    forward = stage.forward
 
     def watched_forward(microbatch: int, *args, **options):
         probes.microbatch = microbatch
@@ -56,24 +56,50 @@ def _watch(stage: Stage, probes: Probes, judge: Judge) -> None:
 
     stage.forward = watched_forward
     if judge.run == "replay":
-        stage.backward = lambda microbatch, *args: _one_microbatch(stage, judge, microbatch, backward, args)
+        _Apart(stage, judge)
 
 
-def _one_microbatch(stage: Stage, judge: Judge, microbatch: int, backward: Callable, args: tuple):
-    """Backward of a microbatch, with the gradients of the parameters that are its own looked at before they are added
-    to those of the others."""
-    parameters = _untied(stage, judge)
-    held = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
-    for name in held:
-        parameters[name].grad.zero_()
-    result = backward(microbatch, *args)
-    for name, parameter in parameters.items():
-        if parameter.grad is None:
-            continue
-        judge.seen(of_parameter("backward", name, microbatch), parameter.grad)
-        if name in held:
-            parameter.grad.add_(held[name])
-    return result
+class _Apart:
+    """Stands around a stage's backward, in one go or in two: the gradients of the parameters that are one microbatch's
+    own are looked at before they are added to those of the others."""
+
+    def __init__(self, stage: Stage, judge: Judge):
+        self.stage, self.judge = stage, judge
+        self.whole, self.input, self.weight = stage.backward, stage.backward_input, stage.backward_weight
+        self.of_input: dict[int, dict[str, Tensor]] = {}  # by microbatch, between B and W
+        stage.backward, stage.backward_input, stage.backward_weight = self.bw, self.b, self.w
+
+    def bw(self, microbatch: int, *args):
+        result, own = self._own(self.whole, microbatch, *args)
+        self._judge(microbatch, own)
+        return result
+
+    def b(self, microbatch: int, *args):
+        self.stage.backward = self.whole  # which B is made of
+        result, self.of_input[microbatch] = self._own(self.input, microbatch, *args)
+        self.stage.backward = self.bw
+        return result
+
+    def w(self, microbatch: int) -> None:
+        _, own = self._own(self.weight, microbatch)
+        first = self.of_input.pop(microbatch)
+        self._judge(microbatch, {name: first[name] + own[name] for name in own})
+
+    def _own(self, call: Callable, microbatch: int, *args) -> tuple[Any, dict[str, Tensor]]:
+        """What the call returns, and what it adds to the gradients."""
+        parameters = _untied(self.stage, self.judge)
+        held = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        for name in held:
+            parameters[name].grad.zero_()
+        result = call(microbatch, *args)
+        own = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        for name in held:
+            parameters[name].grad.add_(held[name])
+        return result, own
+
+    def _judge(self, microbatch: int, own: dict[str, Tensor]) -> None:
+        for name, grad in own.items():
+            self.judge.seen(of_parameter("backward", name, microbatch), grad)
 
 
 def _untied(stage: Stage, judge: Judge) -> dict[str, torch.nn.Parameter]:

@@ -14,10 +14,9 @@ from tpmp_kernels.training.config_check import check
 
 
 def read_model(path: Path, measured: bool) -> Model:
-    """measured: costs are a short profile on this machine in place of FLOP, once they are asked for. UsageError for a
-    file that is no config, and later for microbatches that do not divide its batch."""
+    """measured: costs are a short profile on this machine in place of FLOP. UsageError for a file that is no
+    config; for what `check` refuses, such as microbatches that do not divide its batch, once layers are asked for."""
     config = load(path)
-    check(_planned(config, config.parallel.microbatches))
     return Model(
         ranks=config.parallel.pp,
         microbatches=config.parallel.microbatches,

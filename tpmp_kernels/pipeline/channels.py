@@ -1,0 +1,90 @@
+"""The stage borders of one rank: every message to and from its neighbours, through memory that both ends can see.
+
+A value that crosses a border is named by (payload, producing stage, microbatch): "F" is the activation that a stage's
+forward made, "B" the gradient that a stage's backward made for its input. Shapes and dtype are known to both ends, so
+that nothing but the values travels; the transport refuses a message of another size.
+
+Receives are posted as early as the lowered schedule has them, into memory of their own. What is sent lies where the
+transport lends it to the receiver, which copies it once: copied there here, unless the stage has made it there. The
+schedule bounds how many of both there are, and a wait for a send is the back-pressure.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tpmp_kernels.comm.communicator import Communicator, Work
+from tpmp_kernels.pipeline.memory import Meter
+from tpmp_kernels.pipeline.schedule import Transfer
+
+Value = tuple[str, int, int]
+
+
+class Channels:
+    """For one step. shape(microbatch): of the activation and the gradient at every border."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        shape: Callable[[int], Sequence[int]],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        meter: Meter,
+    ):
+        self.comm, self._shape, self._dtype, self._meter = comm, shape, dtype, meter
+        self._device = torch.device(device)
+        self._values: dict[Value, Tensor] = {}
+        self._works: dict[tuple[str, Value], Work] = {}
+
+    def put(self, payload: str, stage: int, microbatch: int, value: Tensor) -> None:
+        """What a compute has made."""
+        self._values[payload, stage, microbatch] = value
+
+    def take(self, payload: str, stage: int, microbatch: int) -> Tensor:
+        """What a compute consumes; it is its own from here."""
+        return self._values.pop((payload, stage, microbatch))
+
+    def recv_post(self, transfer: Transfer) -> None:
+        value = _value(transfer)
+        buffer = self._empty(self._shape(transfer.microbatch))
+        self._values[value] = buffer
+        self._works["recv", value] = self.comm.irecv(buffer, transfer.peer, tag=_tag(value))
+
+    def recv_wait(self, transfer: Transfer) -> None:
+        self._works.pop(("recv", _value(transfer))).wait()
+
+    def send_post(self, transfer: Transfer) -> None:
+        value = _value(transfer)
+        # The work keeps the tensor alive until it is sent; nothing here needs it any more.
+        tensor = self._lent(self._values.pop(value))
+        self._works["send", value] = self.comm.isend(tensor, transfer.peer, tag=_tag(value))
+
+    def send_wait(self, transfer: Transfer) -> None:
+        self._works.pop(("send", _value(transfer))).wait()
+
+    def _empty(self, shape: Sequence[int]) -> Tensor:
+        if self._device.type == "cpu":
+            buffer = self.comm.empty(*shape, dtype=self._dtype)
+        else:
+            buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self._meter.note(buffer)
+        return buffer
+
+    def _lent(self, tensor: Tensor) -> Tensor:
+        """The same values in memory that is not copied again on the way out."""
+        if not self.comm.lends or tensor.device.type != "cpu":
+            return tensor.contiguous()
+        lent = self.comm.empty(*tensor.shape, dtype=tensor.dtype)
+        self._meter.note(lent)
+        return lent.copy_(tensor)
+
+
+def _value(transfer: Transfer) -> Value:
+    return transfer.payload, transfer.stage, transfer.microbatch
+
+
+def _tag(value: Value) -> str:
+    """What both ends call a transfer, for example "F0.3": ends that disagree get an error that says so."""
+    payload, stage, microbatch = value
+    return f"{payload}{stage}.{microbatch}"
