@@ -13,7 +13,7 @@ from tpmp_kernels import ops, reference
 from tpmp_kernels.ops import vocab_products, vocab_slices
 
 # As shipped, and blocks that go through few columns in several steps.
-BLOCKS = [None, (2, 16), (4, 16)]
+BLOCKS = [None, (4, 16), (8, 16)]
 
 
 def piece(d: Draw) -> tuple[torch.Tensor, torch.Tensor, int, float | None, tuple[int, int] | None]:
@@ -105,6 +105,22 @@ def loss_of_extreme_logits() -> None:
 
 
 @case
+def loss_launches_of_several_blocks() -> None:
+    """5 rows and 1030 columns: the second block of each is smaller than the shipped ones."""
+    from tpmp_kernels.kernels import cross_entropy as kernel
+
+    generator = torch.Generator().manual_seed(1)
+    z, target = torch.randn(5, 1030, generator=generator), torch.tensor([0, 1029, 1024, 1023, 7])
+    found = kernel.statistics(z, target, 0, None, logit_sum=True)
+    for got, (oracle, bound) in zip(found, statistics_bounds(z, target, 0, None, steps=2), strict=True):
+        assert_within(got, oracle, bound)
+    rows, out = [found[0], *torch.randn(4, 5, generator=generator)], torch.full_like(z, torch.nan)
+    kernel.gradient(z, out, target, 0, *rows, softcap=None)
+    oracle, bound = gradient_bound(z, target, 0, *rows, None, unit=UNIT[z.dtype], dtype=z.dtype)
+    assert_within(out, oracle, bound)
+
+
+@case
 def loss_offsets_past_two_to_the_31() -> None:
     """Rows, then columns, 2^30 elements apart, in memory of which nothing else is touched."""
     from tpmp_kernels.kernels import cross_entropy as kernel
@@ -148,7 +164,7 @@ def check_loss_shards(seed: int, dtype: torch.dtype) -> None:
     target[d.rng.randrange(TOKENS)] = options["ignore_index"]
     with (
         ops.use_backend("triton"),
-        mock.patch.object(vocab_products, "_SLICES", {"cpu": (1, 16, 16)}),
+        mock.patch.object(vocab_products, "_SLICES", {"cpu": (1, 32, 32)}),
         mock.patch.object(vocab_slices, "_LIMITS", {"cpu": (TOKENS, TOKENS)}),
     ):
         if form is None:
@@ -216,8 +232,8 @@ def loss_gradients() -> None:
     target[3] = -100
     options = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0, "vocab_size": 40}
     with (
-        mock.patch.object(vocab_products, "_SLICES", {"cpu": (1, 16, 16)}),
-        mock.patch.object(vocab_slices, "_LIMITS", {"cpu": (4, 4)}),
+        mock.patch.object(vocab_products, "_SLICES", {"cpu": (1, 32, 32)}),
+        mock.patch.object(vocab_slices, "_LIMITS", {"cpu": (5, 5)}),
     ):
         for call, inputs in (
             (lambda r, z: r.cross_entropy(z, target, **options), [z]),
@@ -233,12 +249,35 @@ def loss_gradients() -> None:
                 assert_no_worse_than_torch(ours, theirs, exact, least=10)
 
 
+@case
+def loss_main_grad() -> None:
+    """Two microbatches of two chunks each in bf16: their sum in fp32, in either form."""
+    dtype, total, size = torch.bfloat16, torch.zeros(20, 16).double(), torch.zeros(20, 16).double()
+    generator = torch.Generator().manual_seed(2)
+    weight, target = torch.randn(20, 16, generator=generator).to(dtype), torch.arange(6) * 3
+    parameters = [torch.nn.Parameter(weight) for _ in range(2)]
+    ops.attach_main_grad(parameters)
+    with (
+        ops.use_backend("triton"),
+        mock.patch.object(vocab_products, "_SLICES", {"cpu": (1, 32, 32)}),
+        mock.patch.object(vocab_slices, "_LIMITS", {"cpu": (5, 5)}),
+    ):
+        for _ in range(2):
+            x = torch.randn(6, 16, generator=generator).to(dtype)
+            for parameter, how in zip(parameters, ({}, {"grad_scale": 1.0}), strict=True):
+                ops.linear_cross_entropy(x, parameter, target, reduction="sum", **how).backward()
+            d = (x.double() @ weight.double().t()).softmax(1) - torch.nn.functional.one_hot(target, 20)
+            total, size = total + d.t() @ x.double(), size + d.t().abs() @ x.double().abs()
+    for parameter in parameters:
+        assert_within(parameter.main_grad, total, (UNIT_HERE[dtype] + 1e-5) * size)
+
+
 def check_confident(dtype: torch.dtype) -> None:
     """p within 1e-4 .. 1e-9 of 1, in slices: d of the target has the digits of its dtype; test_losses_precision."""
     z, target = (torch.randn(6, 40, generator=torch.Generator().manual_seed(1)) / 2).to(dtype), torch.arange(6) * 7
     z[torch.arange(6), target] = torch.linspace(14, 24, 6).to(dtype)
     behind = z.double().scatter(1, target[:, None], -torch.inf).logsumexp(1) - z.double()[torch.arange(6), target]
-    with ops.use_backend("triton"), mock.patch.object(vocab_products, "_SLICES", {"cpu": (1, 16, 16)}):
+    with ops.use_backend("triton"), mock.patch.object(vocab_products, "_SLICES", {"cpu": (1, 32, 32)}):
         logits, x = z.clone().requires_grad_(), z.clone().requires_grad_()
         loss = ops.cross_entropy(logits, target, reduction="sum")
         of_x = ops.linear_cross_entropy(x, torch.eye(40, dtype=dtype), target, reduction="sum")

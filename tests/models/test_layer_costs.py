@@ -118,7 +118,7 @@ def test_parameters_are_those_of_the_modules_with_gradients_and_optimizer(tp, ti
     config = replace(CONFIG, tie_embeddings=tied, vocab_size=512)
     for layers, cost in zip(PARTS, costs_of(config, Microbatch(2, 24, tp=tp, dtype=dtype)), strict=True):
         module = Decoder(config, Shard(tp), layers, dtype=getattr(torch, dtype))
-        optimizer = Optimizer(module, OptimizerConfig(), counts_replicas=True)
+        optimizer = Optimizer(dict(module.named_parameters()), OptimizerConfig(), counts_replicas=True)
         held = [*module.parameters(), *(p for p in optimizer.main.values())]
         held += [state[moment] for state in optimizer.adamw.state.values() for moment in ("exp_avg", "exp_avg_sq")]
         nbytes = sum({each.data_ptr(): each.nbytes for each in held}.values())

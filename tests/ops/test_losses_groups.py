@@ -17,7 +17,7 @@ from tpmp_kernels import ops
 from tpmp_kernels.comm import Communicator, communicator
 from tpmp_kernels.tensor_parallel import VocabParallelHead, shard_of
 
-# Imported once, in the ranks' fork server if that is not up yet, instead of by each of nine ranks for seconds.
+# Imported once, in the ranks' fork server if that is not up yet, instead of by each of the ranks for seconds.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["torch", "torch.distributed", "tpmp_kernels.testing", "tpmp_kernels.tensor_parallel"]
 )
@@ -26,12 +26,13 @@ TOKENS, WIDTH, CLASSES, IGNORED = 7, 5, 53, 30
 # (first id, rows) of each rank; rows from CLASSES on are padding.
 LAYOUTS = [
     [(1, 52), (0, 1)],
-    [(0, 1), (1, 30), (31, 27)],
-    [(0, 20), (20, 3), (23, 0), (23, 30)],
+    [(31, 27), (0, 31), (31, 0)],
 ]
 MORE_LAYOUTS = [
     [(0, 52), (52, 1)],
+    [(0, 1), (1, 30), (31, 27)],
     [(3, 50), (0, 1), (1, 2)],
+    [(0, 20), (20, 3), (23, 0), (23, 30)],
     [(0, 13), (13, 1), (14, 38), (52, 6)],
 ]
 OPTIONS = [

@@ -52,8 +52,8 @@ def drift():
 
     def drifting(self, number: int):
         stats = step(self, number)
-        if self.model.last:
-            weight = self.model.get_parameter(TIED).data
+        if self.layout.pp.rank == 1:
+            weight = self.parameters()[TIED].data
             weight[3] = weight[3].nextafter(weight[3] + 1)
         return stats
 

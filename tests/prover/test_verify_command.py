@@ -25,7 +25,10 @@ DEMO = str(HERE.parents[1] / "examples" / "demo.toml")
         (["--tp", "0"], "--tp: expected a whole number from 1 to 65536, got '0'; such as 2"),
         (["--pp", "two"], "--pp: expected a whole number from 1 to 65536, got 'two'; such as 2"),
         (["--pp"], "--pp: expected a value, got nothing; tpmp verify --help shows one for each option"),
-        (["--pp", "5"], "model.layers=4 is less than parallel.pp=5 and every stage needs a layer; use pp up to 4 or"),
+        (
+            ["--pp", "7"],
+            "model.layers=4: expected at least 5 for 1 stage of 1f1b on each of",
+        ),
         (["--schedule", "1f1c"], "parallel.schedule: expected one of gpipe, 1f1b,"),
         (["--dtype", "bf16"], "--dtype: expected fp64 or fp32, got 'bf16'; such as fp64"),
         (["--config", "no.toml"], "config: expected a TOML file, but 'no.toml' is none; examples/demo.toml is one"),

@@ -113,8 +113,18 @@ def test_whole_numbers_are_numbers():
         ),
         ({"model__kv_heads": 3}, "model.heads=4 is not divisible by model.kv_heads=3; use kv_heads in {1, 2, 4}"),
         (
-            {"parallel__pp": 5},
-            "model.layers=4 is less than parallel.pp=5 and every stage needs a layer; use pp up to 4 or layers=5",
+            {"parallel__pp": 7},
+            "model.layers=4: expected at least 5 for 1 stage of 1f1b on each of parallel.pp=7 ranks, embedding and "
+            "head counted; use fewer ranks or more layers",
+        ),
+        (
+            {"parallel__pp": 4, "parallel__schedule": "zb-v"},
+            "model.layers=4: expected at least 6 for 2 stages of zb-v on each of parallel.pp=4 ranks, embedding and "
+            "head counted; use fewer ranks or more layers",
+        ),
+        (
+            {"parallel__pp": 2, "parallel__begin": "layer.3"},
+            "parallel.begin='layer.3': partition: unknown layer 'layer.3'; the nearest known one is 'layers.3'",
         ),
         (
             {"parallel__microbatches": 5},
@@ -122,7 +132,8 @@ def test_whole_numbers_are_numbers():
         ),
         (
             {"parallel__schedule": "1f2b"},
-            "parallel.schedule: expected one of gpipe, 1f1b, 1f1b-eager, got '1f2b'; the nearest known one is '1f1b'",
+            "parallel.schedule: expected one of gpipe, 1f1b, 1f1b-eager, interleaved-1f1b, zb-h1, "
+            "zb-h2, zb-v, v-half, v-min, dualpipe-v, got '1f2b'; the nearest known one is '1f1b'",
         ),
         ({"training__steps": 0}, "training.steps: expected more than 0, got 0"),
         ({"optimizer__lr": float("nan")}, "optimizer.lr: expected more than 0, got nan"),

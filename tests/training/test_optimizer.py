@@ -17,7 +17,7 @@ def model(dtype=torch.float64) -> nn.Module:
 
 def test_equals_torch_adamw_with_clipping_bitwise():
     ours, theirs = model(), model()
-    optimizer = Optimizer(ours, CONFIG, counts_replicas=True)
+    optimizer = Optimizer(dict(ours.named_parameters()), CONFIG, counts_replicas=True)
     groups = [
         {"params": [p for p in theirs.parameters() if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for p in theirs.parameters() if p.dim() == 1], "weight_decay": 0.0},
@@ -27,7 +27,7 @@ def test_equals_torch_adamw_with_clipping_bitwise():
         x = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         ours(x).square().sum().backward()
         theirs(x).square().sum().backward()
-        norm = optimizer.local_square_norm().sqrt().item()
+        norm = sum(optimizer.square_norms().values()).sqrt().item()
         expected = nn.utils.clip_grad_norm_(theirs.parameters(), CONFIG.clip_norm).item()
         assert abs(norm - expected) <= 1e-14 * expected
         for group in adamw.param_groups:
@@ -40,7 +40,7 @@ def test_equals_torch_adamw_with_clipping_bitwise():
 
 def test_bf16_gradients_add_up_in_fp32():
     layer = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
-    optimizer = Optimizer(layer, CONFIG, counts_replicas=True)
+    optimizer = Optimizer(dict(layer.named_parameters()), CONFIG, counts_replicas=True)
     for value in [256.0] + [1.0] * 8:  # 256 + 1 = 256 in bf16
         layer(torch.full((1, 1), value, dtype=torch.bfloat16)).sum().backward()
     assert layer.weight.grad is None
@@ -50,7 +50,7 @@ def test_bf16_gradients_add_up_in_fp32():
 
 def test_bf16_parameters_are_updated_through_their_fp32_main_parameters():
     layer = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
-    optimizer = Optimizer(layer, CONFIG, counts_replicas=True)
+    optimizer = Optimizer(dict(layer.named_parameters()), CONFIG, counts_replicas=True)
     (main,) = optimizer.main.values()
     layer(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
     optimizer.step(0, 1.0)
@@ -63,9 +63,9 @@ def test_replicas_are_counted_by_one_rank_only():
     for counts in (True, False):
         layer = nn.Linear(2, 2)
         layer.weight.tp_placement = Shard(0)
-        optimizer = Optimizer(layer, CONFIG, counts_replicas=counts)
+        optimizer = Optimizer(dict(layer.named_parameters()), CONFIG, counts_replicas=counts)
         layer.weight.grad, layer.bias.grad = torch.full((2, 2), 1.0), torch.full((2,), 3.0)
-        parts.append(optimizer.local_square_norm().item())
+        parts.append(sum(optimizer.square_norms().values()).item())
     assert parts == [4 * 1.0 + 2 * 9.0, 4 * 1.0]
 
 
@@ -75,7 +75,8 @@ def test_shards_that_ranks_share_are_counted_once():
         layer = nn.Linear(2, 2, bias=False)
         layer.weight.tp_placement, layer.weight.tp_replicas = Shard(0), 2
         layer.weight.grad = torch.full((2, 2), 3.0)
-        parts.append(Optimizer(layer, CONFIG, counts_replicas=False).local_square_norm().item())
+        optimizer = Optimizer(dict(layer.named_parameters()), CONFIG, counts_replicas=False)
+        parts.append(optimizer.square_norms()["weight"].item())
     assert sum(parts) == 4 * 9.0
 
 
@@ -85,8 +86,8 @@ def test_what_another_stage_counts_is_updated_and_not_counted():
     layer.weight.grad = torch.full((2, 2), 3.0)
     two = nn.ModuleDict({"copy": layer, "own": nn.Linear(2, 1, bias=False)})
     two["own"].weight.grad = torch.full((1, 2), 2.0)
-    optimizer = Optimizer(two, CONFIG, counts_replicas=True, counted_elsewhere={"copy.weight"})
-    assert optimizer.local_square_norm().item() == 2 * 4.0
+    optimizer = Optimizer(dict(two.named_parameters()), CONFIG, counts_replicas=True, counted_elsewhere={"copy.weight"})
+    assert {name: square.item() for name, square in optimizer.square_norms().items()} == {"own.weight": 2 * 4.0}
     optimizer.step(0, 1.0)
     assert not torch.equal(layer.weight, before)
 

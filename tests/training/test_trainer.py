@@ -46,6 +46,38 @@ def run_steps(config: Config):
         return [s.loss for s in stats], [s.grad_norm for s in stats], trainer.copies_are_equal(), validation
 
 
+def run_schedule(schedule: str, begin: str, tied: bool):
+    """Losses, and all that two steps have made of the model and the optimizer, by name."""
+    config = cut(1, 2)
+    config = replace(
+        config,
+        model=replace(config.model, tie_embeddings=tied),
+        parallel=replace(config.parallel, schedule=schedule, begin=begin, microbatches=4),
+    )
+    with layout(config, "cpu") as where:
+        trainer = Trainer(config, where, CORPUS)
+        losses = [trainer.step(step).loss for step in range(2)] + [trainer.validate()]
+        return losses, {name: tensor.detach().clone() for name, (tensor, _) in trainer.tensors().items()}
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "zb-h1", "interleaved-1f1b", "zb-v", "dualpipe-v"])
+def test_schedules_and_partitions_train_to_the_same_bits(ranks, schedule):
+    expected, got = (ranks(2).run(run_schedule, *each, False) for each in [("1f1b", "layers.1"), (schedule, "")])
+    assert got[0][0] == got[1][0] == expected[0][0]
+    parts = [{**first, **second} for (_, first), (_, second) in (expected, got)]
+    assert parts[0].keys() == parts[1].keys() and len(parts[0]) > 60
+    assert all(torch.equal(tensor, parts[1][name]) for name, tensor in parts[0].items())
+
+
+def test_one_rank_may_hold_both_ends_of_a_tied_model(ranks):
+    (losses, mine), (others, _) = ranks(2).run(run_schedule, "zb-v", "", True)
+    config = cut(1, 2)
+    config = replace(config, parallel=replace(config.parallel, microbatches=4))
+    assert losses == others
+    assert all(abs(a - b) <= 1e-12 * b for a, b in zip(losses[:2], reference_losses(config, CORPUS)[:2], strict=True))
+    assert f"model.{TIED}" in mine and not any("lm_head" in name for name in mine)
+
+
 @pytest.mark.parametrize(
     ("tp", "pp", "sequence_parallel"),
     [(2, 1, True), (1, 2, False), (2, 2, False), (2, 2, True), (1, 4, False)],
@@ -77,7 +109,7 @@ def run_drifting():
         trainer = Trainer(cut(1, 2), where, CORPUS)
         equal = trainer.copies_are_equal()
         if where.pp.rank == 1:
-            weight = trainer.model.get_parameter(TIED).data
+            weight = trainer.parameters()[TIED].data
             weight[60, 15] = weight[60, 15].nextafter(torch.tensor(1.0, dtype=torch.float64))
         return equal, trainer.copies_are_equal()
 

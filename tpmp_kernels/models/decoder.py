@@ -1,7 +1,8 @@
 """A Llama-style decoder, or any contiguous part of it, assembled from tensor-parallel layers and fused ops.
 
 RMSNorm, rotary positions, grouped-query attention, SwiGLU. `Decoder(..., layers=range(2, 4))` is a pipeline stage: it
-holds those layers alone, the embedding where it is the first and the norm and head where it is the last. Parameters
+holds those layers alone, with the embedding where it is the first and the norm and head where it is the last: by
+default where its layers are. Parameters
 carry the names of Hugging Face's Llama (`layers.3.self_attn.q_proj.weight`), numbered over the whole model, so that
 every stage's state_dict is a part of the same whole.
 
@@ -111,7 +112,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Layers `layers` of the model; `comm` is the tensor-parallel group.
+    """Layers `layers` of the model; `comm` is the tensor-parallel group. first, last: whether it has the embedding, the
+    norm and head; a part may have one of these and no layer.
 
     forward(x): tokens [B, S] (int64) in the first part, else hidden states [B, S, H]; returns hidden states, in the
     last part those behind the final norm, which `loss` and `logits` take. With sequence_parallel, hidden states are a
@@ -130,6 +132,8 @@ class Decoder(nn.Module):
         comm: Communicator,
         layers: range | None = None,
         *,
+        first: bool | None = None,
+        last: bool | None = None,
         sequence_parallel: bool = False,
         sequence: int | None = None,
         dropout_seed: int = 0,
@@ -142,7 +146,8 @@ class Decoder(nn.Module):
         vocab = {"padded_vocab": config.padded_vocab, **how}
         self.config, self.comm, self.sequence_parallel, self.sequence = config, comm, sequence_parallel, sequence
         self.dropout_seed = dropout_seed
-        self.first, self.last = layers.start == 0, layers.stop == config.layers
+        self.first = layers.start == 0 if first is None else first
+        self.last = layers.stop == config.layers if last is None else last
         if sequence_parallel and not self.first and sequence is None:
             raise ValueError(
                 f"Decoder: layers {layers.start} to {layers.stop - 1} see tokens flattened by sequence parallelism; "

@@ -129,6 +129,11 @@ class Schedule:
         orders = (tuple(each for each in actions if each.kind is not Kind.PAIR) for actions in self.actions)
         return replace(self, actions=tuple(orders))
 
+    def forwards(self) -> "Schedule":
+        """Its forwards alone, on the same ranks and in the same order: for validation between its steps."""
+        orders = (tuple(each for each in actions if each.kind is Kind.F) for actions in self.actions)
+        return replace(self, name=f"{self.name}, forwards", actions=tuple(orders), backward=False)
+
     def digest(self) -> str:
         """16 hex digits over everything. Ranks compare it before use: two schedules between them would hang."""
         orders = [" ".join(f"{stage}{kind}{m}" for kind, stage, m in actions) for actions in self.actions]

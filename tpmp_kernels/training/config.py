@@ -43,9 +43,13 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Cut the tokens between tensor-parallel layers as well: norms and residuals take 1/tp of the memory."""
     pp: int = 1
-    """Pipeline-parallel ranks: the layers are cut into this many stages."""
+    """Pipeline-parallel ranks."""
     schedule: str = "1f1b"
     """Pipeline schedule."""
+    chunks: int = 2
+    """Stages on each pipeline-parallel rank, where the schedule leaves the choice."""
+    begin: str = ""
+    """Layers that begin a stage, such as "layers.3, lm_head"; else the slowest rank is made the least slow."""
     microbatches: int = 1
     """Microbatches per step."""
 

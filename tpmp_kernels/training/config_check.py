@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tpmp_kernels.errors import UsageError
-from tpmp_kernels.pipeline.schedule import Kind
-from tpmp_kernels.pipeline.schedules import SCHEDULES, build
+from tpmp_kernels.pipeline.schedules import SCHEDULES
 from tpmp_kernels.training.config import STDLIB, Config
+from tpmp_kernels.training.plan import partition_of, schedule_of
 
 
 def check(config: Config) -> None:
@@ -39,7 +39,8 @@ def check_resumed(config: Config, saved: Config) -> None:
 _POSITIVE = [
     "model.vocab_size", "model.hidden", "model.layers", "model.heads", "model.kv_heads",
     "model.ffn", "model.rope_theta", "model.norm_eps", "data.sequence", "parallel.tp", "parallel.pp",
-    "parallel.microbatches", "training.steps", "training.batch", "training.threads", "training.timeout", "optimizer.lr",
+    "parallel.chunks", "parallel.microbatches",
+    "training.steps", "training.batch", "training.threads", "training.timeout", "optimizer.lr",
     "optimizer.eps", "optimizer.clip_norm", "validation.batches", "proof.fp64_steps", "proof.fp64_tolerance",
     "proof.fp32_steps", "proof.fp32_tolerance", "output.log_every",
 ]  # fmt: skip
@@ -104,12 +105,7 @@ def _check_tensor_parallel(config: Config) -> None:
 
 
 def _check_parallel(config: Config) -> None:
-    model, parallel, training = config.model, config.parallel, config.training
-    if model.layers < parallel.pp:
-        raise UsageError(
-            f"model.layers={model.layers} is less than parallel.pp={parallel.pp} and every stage needs a layer; "
-            f"use pp up to {model.layers} or layers={parallel.pp}"
-        )
+    parallel, training = config.parallel, config.training
     if training.batch % parallel.microbatches:
         raise UsageError(
             f"training.batch={training.batch} is not divisible by parallel.microbatches={parallel.microbatches}; "
@@ -121,22 +117,33 @@ def _check_parallel(config: Config) -> None:
             f"parallel.sequence_parallel: the {tokens} tokens of a microbatch are not divisible by "
             f"parallel.tp={parallel.tp}; use tp in {_divisors(tokens)} or change data.sequence"
         )
-    names = schedule_names()
+    _check_schedule(config)
+
+
+def _check_schedule(config: Config) -> None:
+    parallel, layers, names = config.parallel, config.model.layers, schedule_names()
     if parallel.schedule not in names:
         nearest = difflib.get_close_matches(parallel.schedule, names, n=1, cutoff=0.0)[0]
         raise UsageError(
             f"parallel.schedule: expected one of {', '.join(names)}, got {parallel.schedule!r}; "
             f"the nearest known one is {nearest!r}"
         )
+    chunks = SCHEDULES[parallel.schedule].chunks or parallel.chunks
+    if layers + 2 < parallel.pp * chunks:
+        raise UsageError(
+            f"model.layers={layers}: expected at least {parallel.pp * chunks - 2} for {chunks} stage"
+            f"{'s' * (chunks > 1)} of {parallel.schedule} on each of parallel.pp={parallel.pp} ranks, embedding and "
+            "head counted; use fewer ranks or more layers"
+        )
+    try:
+        partition_of(config, schedule_of(config).placement)
+    except ValueError as error:
+        raise UsageError(f"parallel.begin={parallel.begin!r}: {error}") from None
 
 
 def schedule_names() -> list[str]:
-    """The schedules that a config can name: those with backwards, of one stage on each rank, without B and W apart."""
-    return [name for name, entry in SCHEDULES.items() if entry.chunks == 1 and _kinds(name) == {Kind.F, Kind.BW}]
-
-
-def _kinds(name: str) -> set[Kind]:
-    return {action.kind for actions in build(name, ranks=2, microbatches=2).actions for action in actions}
+    """The schedules that a config can name: those with backwards."""
+    return [name for name in SCHEDULES if name != "forward-only"]
 
 
 def _value(config: Config, name: str) -> Any:

@@ -20,11 +20,6 @@ class Layout:
     pp: Communicator
     world: Communicator
 
-    def layers(self, count: int) -> range:
-        """The contiguous layers of this rank's stage, of `count` in the model."""
-        stage, stages = self.pp.rank, self.pp.size
-        return range(stage * count // stages, (stage + 1) * count // stages)
-
 
 @contextmanager
 def layout(config: Config, device: str) -> Iterator[Layout]:

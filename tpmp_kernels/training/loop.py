@@ -115,7 +115,7 @@ def _load(trainer: Trainer, folder: Path, last: int) -> tuple[int, int]:
 
 
 def _introduce(config: Config, where: Layout, corpus: Corpus, trainer: Trainer, first: int) -> None:
-    own = sum(p.numel() for p in trainer.model.parameters())
+    own = sum(p.numel() for p in trainer.parameters().values())
     bytes_ = len(corpus.train) + len(corpus.validation)
     _say(
         f"{config.model.layers} layers, hidden {config.model.hidden}; tp={where.tp.size} x pp={where.pp.size}, "

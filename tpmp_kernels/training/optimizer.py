@@ -5,7 +5,7 @@ fp32 main parameter, and its gradients are added in fp32 as backward makes them,
 The update itself is torch.optim.AdamW's.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,14 @@ class Optimizer:
 
     def __init__(
         self,
-        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
         config: OptimizerConfig,
         *,
         counts_replicas: bool,
         counted_elsewhere: Collection[str] = (),
     ):
         self.config, self.counts_replicas, self.counted_elsewhere = config, counts_replicas, counted_elsewhere
-        self.parameters = dict(module.named_parameters())
+        self.parameters = dict(parameters)
         self.main = {name: _main_parameter(p) for name, p in self.parameters.items()}
         decayed = [p for p in self.main.values() if p.dim() > 1]
         rest = [p for p in self.main.values() if p.dim() <= 1]
@@ -50,15 +50,15 @@ class Optimizer:
                 "exp_avg_sq": torch.zeros_like(main),
             }
 
-    def local_square_norm(self) -> Tensor:
-        """This rank's part, fp64, of the squared global gradient norm: the parts of all ranks add up to it."""
-        counted = [
-            main.grad.double().square().sum() / replicas_of(self.parameters[name])
+    def square_norms(self) -> dict[str, Tensor]:
+        """Of each gradient that this rank counts, by name, the square of its norm, fp64. Those of all ranks add up to
+        that of the global gradient."""
+        return {
+            name: main.grad.double().square().sum() / replicas_of(self.parameters[name])
             for name, main in self.main.items()
             if name not in self.counted_elsewhere
             and (placement_of(self.parameters[name]).is_shard() or self.counts_replicas)
-        ]
-        return torch.stack(counted).sum().cpu()
+        }
 
     def step(self, step: int, norm: float) -> None:
         """Clip the gradients by the global `norm`, update, and clear the gradients."""

@@ -11,6 +11,7 @@ from tpmp_kernels.pipeline.command_model import Model
 from tpmp_kernels.pipeline.partition import LayerCost
 from tpmp_kernels.training.config import STDLIB, Config, load
 from tpmp_kernels.training.config_check import check
+from tpmp_kernels.training.plan import microbatch_of
 
 
 def read_model(path: Path, measured: bool) -> Model:
@@ -28,13 +29,7 @@ def read_model(path: Path, measured: bool) -> Model:
 
 def _costs(config: Config, microbatches: int, measured: bool) -> list[LayerCost]:
     check(_planned(config, microbatches))
-    seen = Microbatch(
-        batch=config.training.batch // microbatches,
-        sequence=config.data.sequence,
-        tp=config.parallel.tp,
-        sequence_parallel=config.parallel.sequence_parallel,
-        dtype=config.training.dtype,
-    )
+    seen = microbatch_of(config, microbatches)
     return _measured(config, seen) if measured else layer_costs(config.model, seen)
 
 

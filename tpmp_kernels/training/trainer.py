@@ -1,26 +1,24 @@
-"""One rank's share of training: its stage of the model, the runtime that executes the schedule, and the optimizer."""
+"""One rank's share of training: its stages of the model, the runtime that executes the schedule, and the optimizer."""
 
 import math
 import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from tpmp_kernels.checkpoint import Placed
-from tpmp_kernels.models.decoder import Decoder
-from tpmp_kernels.models.weights import initialize
 from tpmp_kernels.pipeline.runtime import Runtime, StepResult
-from tpmp_kernels.pipeline.schedule import Event
-from tpmp_kernels.pipeline.schedules import build
+from tpmp_kernels.pipeline.schedule import Event, Schedule
 from tpmp_kernels.pipeline.stage import Stage
 from tpmp_kernels.tensor_parallel import reduce_partial_gradients
 from tpmp_kernels.training.config import Config
 from tpmp_kernels.training.data import Corpus
 from tpmp_kernels.training.layout import Layout
 from tpmp_kernels.training.optimizer import Optimizer
-
-TIED = "embed_tokens.weight"
+from tpmp_kernels.training.plan import schedule_of
+from tpmp_kernels.training.stages import TIED, parts_of
 
 
 @dataclass(frozen=True)
@@ -40,45 +38,53 @@ class StepStats:
 
 
 class Trainer:
-    """two_copies: whether this stage is one of the two that hold a tied weight, each for a use of its own."""
+    """parts: of the model, by stage. two_copies: whether this rank holds one of the two copies of a tied weight, each
+    for a use of its own."""
 
     def __init__(self, config: Config, layout: Layout, corpus: Corpus, *, device: str = "cpu"):
         self.config, self.layout, self.corpus, self.device = config, layout, corpus, device
-        dtype = getattr(torch, config.training.dtype)
-        self.model = Decoder(
-            config.model,
-            layout.tp,
-            layout.layers(config.model.layers),
-            sequence_parallel=config.parallel.sequence_parallel,
-            sequence=config.data.sequence,
-            dropout_seed=config.training.seed,
-            dtype=dtype,
-            device=device,
-        )
-        self.two_copies = config.model.tie_embeddings and self.model.first != self.model.last
-        initialize(self.model, seed=config.training.seed, layers=config.model.layers, comm=layout.tp)
+        self.dtype = getattr(torch, config.training.dtype)
+        schedule = schedule_of(config)
+        rank, ends = layout.pp.rank, (schedule.placement[0], schedule.placement[-1])
+        self.parts = parts_of(config, schedule.placement, rank, layout.tp, dtype=self.dtype, device=device)
+        self.two_copies = config.model.tie_embeddings and ends[0] != ends[1] and rank in ends
+        self.other_copy = sum(ends) - rank  # the rank that holds it
         self.optimizer = Optimizer(
-            self.model,
+            self.parameters(),
             config.optimizer,
             counts_replicas=layout.tp.rank == 0,
-            counted_elsewhere={TIED} if self.two_copies and self.model.last else (),
+            counted_elsewhere={TIED} if self.two_copies and rank == ends[1] else (),
         )
-        self.runtime = self._runtime(config.parallel.schedule, dtype)
-        self.forward_only = self._runtime("forward-only", dtype)
+        self.runtime = self._runtime(schedule)
+        self.forward_only = self._runtime(schedule.forwards())
+        self.names = self._names()
         self.events: list[Event] = []
 
-    def _runtime(self, schedule: str, dtype: torch.dtype) -> Runtime:
+    def _names(self) -> dict[str, int]:
+        """A number for each parameter of the whole model, the same on every rank."""
+        of_ranks: list = [None] * self.layout.world.size
+        dist.all_gather_object(of_ranks, sorted(self.parameters()))
+        return {name: number for number, name in enumerate(sorted(set().union(*of_ranks)))}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Of all stages of this rank, by their names in the whole model."""
+        return {name: p for part in self.parts.values() for name, p in part.named_parameters()}
+
+    def _runtime(self, schedule: Schedule) -> Runtime:
         parallel, training = self.config.parallel, self.config.training
-        stage = Stage(self.model, loss=self.model.loss if self.model.last else None, numbered=True)
+        stages = {
+            number: Stage(part, loss=part.loss if part.last else None, numbered=True)
+            for number, part in self.parts.items()
+        }
         tokens = (training.batch // parallel.microbatches, self.config.data.sequence)
         if parallel.sequence_parallel:
             tokens = (math.prod(tokens) // self.layout.tp.size,)
         return Runtime(
-            build(schedule, ranks=parallel.pp, microbatches=parallel.microbatches),
-            {self.layout.pp.rank: stage},
+            schedule,
+            stages,
             self.layout.pp,
             shape=(*tokens, self.config.model.hidden),
-            dtype=dtype,
+            dtype=self.dtype,
             device=self.device,
             tensor_parallel=self.layout.tp,
         )
@@ -88,56 +94,59 @@ class Trainer:
         start, reduced = time.perf_counter(), self.layout.tp.seconds
         result = self._pass(self.runtime, step, "train")
         gradients = {name: main.grad for name, main in self.optimizer.main.items()}
-        reduce_partial_gradients(self.model, self.layout.tp, gradients=gradients)
+        for part in self.parts.values():
+            reduce_partial_gradients(part, self.layout.tp, gradients=gradients)
         exposed = self.layout.tp.seconds - reduced
 
         # Here the ranks that finished their part of the schedule wait for the slowest: the end of the bubble.
         idle = time.perf_counter()
         if self.two_copies:
             gradients[TIED].add_(self._of_other_copy(gradients[TIED]))
-        square_norm, loss = self.layout.world.all_reduce(
-            torch.stack([self.optimizer.local_square_norm(), self._local_loss(result)]), tag="norm and loss"
-        )
+        norm, loss = self._norm_and_loss(result)
         idle = time.perf_counter() - idle
 
-        norm, began = square_norm.item() ** 0.5, time.perf_counter()
+        began = time.perf_counter()
         self.optimizer.step(step, norm)
         end = time.perf_counter()
         self.events = [*result.events, Event("opt", self.layout.pp.rank, None, began, end)]
-        return self._stats(loss.item(), norm, end - start, exposed, result.waited + idle)
+        return self._stats(loss, norm, end - start, exposed, result.waited + idle)
 
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss over tokens, nat, on the same batches of the validation split each time, without dropout."""
-        self.model.eval()
+        self._train(False)
         losses = [
             self._local_loss(self._pass(self.forward_only, batch, "validation"))
             for batch in range(self.config.validation.batches)
         ]
-        self.model.train()
+        self._train(True)
         return self.layout.world.all_reduce(torch.stack(losses).mean(), tag="validation loss").item()
+
+    def _train(self, mode: bool) -> None:
+        for part in self.parts.values():
+            part.train(mode)
 
     def tensors(self) -> dict[str, Placed]:
         """What a checkpoint holds of this rank, by name: a tensor, and the parameter that is cut alike."""
-        model = {f"model.{name}": (p, p) for name, p in self.model.named_parameters()}
+        model = {f"model.{name}": (p, p) for name, p in self.parameters().items()}
         return model | {name: (t, owner) for name, t, owner in self.optimizer.tensors()}
 
     def copies_are_equal(self) -> bool:
         """Whether the two copies of a tied weight have the same bits. Collective over all ranks."""
         differ = False
         if self.two_copies:
-            weight = self.model.get_parameter(TIED).detach()
+            weight = self.parameters()[TIED].detach()
             differ = not torch.equal(weight, self._of_other_copy(weight))
         return not self.layout.world.all_reduce(torch.tensor([int(differ)]), "max", tag="copies differ").item()
 
     def _of_other_copy(self, mine: Tensor) -> Tensor:
-        """What the stage with the other copy of a tied weight has in place of `mine`, its gradient or itself. A sum of
+        """What the rank with the other copy of a tied weight has in place of `mine`, its gradient or itself. A sum of
         two is the same bits in either order, so that both copies stay the same."""
         pp, other = self.layout.pp, torch.empty_like(mine)
-        peer = pp.size - 1 if self.model.first else 0
         calls = [(pp.isend, mine), (pp.irecv, other)]
         # One sends first and the other receives first: NCCL runs the two calls of a pair one after the other.
-        works = [call(tensor, peer, tag=TIED) for call, tensor in (calls if self.model.first else reversed(calls))]
+        ordered = calls if pp.rank < self.other_copy else reversed(calls)
+        works = [call(tensor, self.other_copy, tag=TIED) for call, tensor in ordered]
         for work in works:
             work.wait()
         return other
@@ -154,6 +163,16 @@ class Trainer:
             loss_scale=1.0 / tokens.numel(),
             step=step if split == "train" else None,
         )
+
+    def _norm_and_loss(self, result: StepResult) -> tuple[float, float]:
+        """Global gradient norm and mean loss. Squares add up parameter by parameter, in one order over the whole model,
+        so that the norm is the same bits wherever the stages are cut."""
+        squares = torch.zeros(len(self.names) + 1, dtype=torch.float64)
+        for name, square in self.optimizer.square_norms().items():
+            squares[self.names[name]] = square
+        squares[-1] = self._local_loss(result)
+        *squares, loss = self.layout.world.all_reduce(squares, tag="norms and loss").tolist()
+        return sum(squares) ** 0.5, loss
 
     def _local_loss(self, result: StepResult) -> Tensor:
         """This rank's part, fp64, of the mean loss over tokens: of the ranks that hold the loss one counts it."""
