@@ -3,10 +3,12 @@
 from dataclasses import replace
 from unittest.mock import patch
 
+import pytest
 import torch
 
 from tpmp_kernels.models import ModelConfig
 from tpmp_kernels.models.decoder import PlacedDropout
+from tpmp_kernels.pipeline.stage import Stage
 from tpmp_kernels.prover.demo import Demo
 from tpmp_kernels.prover.prove import prove
 from tpmp_kernels.training.config import Config, DataConfig, ParallelConfig, TrainingConfig
@@ -35,6 +37,29 @@ def test_dropout_and_a_tied_embedding_are_equal(ranks):
     compared = {(row.run, row.pass_): row.checks for row in report.rows}
     assert compared["step", "replicas"] == 6  # the norms, and of the tied weight two copies
     assert compared["step", "weights"] == 21  # 7 matrices and 2 norms a layer, the last norm, and both names
+
+
+def scheduled(name: str) -> Config:
+    return replace(CONFIG, parallel=replace(CONFIG.parallel, schedule=name))
+
+
+SCHEDULES = ["zb-v", *(pytest.param(name, marks=pytest.mark.full) for name in ("zb-h1", "interleaved-1f1b", "v-min"))]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_several_stages_on_a_rank_and_w_apart_are_equal(ranks, schedule):
+    report = ranks(4).run(run, None, scheduled(schedule))[0]
+    assert report.equal and not report.notes and f"{schedule}, 2 microbatches" in report.title, report
+
+
+def lost_weight_gradients():
+    whole = Stage.backward_weight
+    return patch.object(Stage, "backward_weight", lambda self, m: whole(self, m) if m else self._later.pop(m))
+
+
+def test_a_w_that_is_left_out_is_found(ranks):
+    report = ranks(4).run(run, lost_weight_gradients, scheduled("zb-h1"))[0]
+    assert {each.pass_ for each in report.differences} >= {"gradients"}, report
 
 
 def without_sums():

@@ -111,7 +111,7 @@ class Demo(Subject):
     def part(self, where: Layout) -> Part:
         trainer = Trainer(self.config, where, self._corpus)
         stages = trainer.runtime.stages
-        for name, parameter in (each for stage in stages.values() for each in stage.module.named_parameters()):
+        for name, parameter in trainer.parameters().items():
             shape = self._shapes[name]
             layout = layout_of(
                 parameter.shape, shape, where.tp.rank, where.tp.size, padded=hasattr(parameter, "tp_unpadded")

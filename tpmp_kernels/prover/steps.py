@@ -83,7 +83,7 @@ class _Apart:
     def w(self, microbatch: int) -> None:
         _, own = self._own(self.weight, microbatch)
         first = self.of_input.pop(microbatch)
-        self._judge(microbatch, {name: first[name] + own[name] for name in own})
+        self._judge(microbatch, {name: grad + first[name] if name in first else grad for name, grad in own.items()})
 
     def _own(self, call: Callable, microbatch: int, *args) -> tuple[Any, dict[str, Tensor]]:
         """What the call returns, and what it adds to the gradients."""
