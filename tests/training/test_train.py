@@ -1,6 +1,7 @@
 """`tpmp train` as a user runs it: four processes, the proof, what it leaves, and a resumed run."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -83,8 +84,12 @@ def test_trains_proves_and_leaves_its_pictures_and_resumes_bitwise(config, tmp_p
 
     run = tmp_path / "run"
     names = {p.name for p in run.iterdir()}
-    assert names == {"checkpoints", "config.toml", "loss.png", "metrics.jsonl", "timeline.svg"}
-    assert (run / "timeline.svg").read_text().startswith("<svg")
+    assert names == {"checkpoints", "config.toml", "loss.png", "metrics.jsonl", "timeline.json", "timeline.svg"}
+    svg = (run / "timeline.svg").read_text()
+    assert svg.startswith("<svg") and ">measured<" in svg and ">predicted from its median times<" in svg
+    named = {entry["args"].get("name") for entry in json.loads((run / "timeline.json").read_text())["traceEvents"]}
+    assert {"rank 3", "rank 1, predicted"} <= named and "rank 2, predicted" not in named
+    assert re.search(r"last step: bubble [\d.]+% \(predicted [\d.]+%\), [\d.]+ ms to the last gradient", done.stdout)
     whole = losses(run)
     assert sorted(whole) == list(range(8))
 

@@ -27,7 +27,7 @@ class StepResult:
     """losses: by microbatch, on the ranks that hold the last stage, or on all. waited: seconds blocked on transfers.
 
     times: (start, end) of each step of this rank's program, seconds of time.perf_counter, which is one clock for all
-    processes of a host; timeline.py makes a picture of those of all ranks. live_bytes: behind each step, what was
+    processes of a host; measured.py makes a picture of those of all ranks. live_bytes: behind each step, what was
     allocated in this pass and is held still; empty unless the runtime measures it.
     """
 

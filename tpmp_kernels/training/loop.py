@@ -9,8 +9,7 @@ import torch.distributed as dist
 
 from tpmp_kernels import checkpoint
 from tpmp_kernels.errors import ProofFailed
-from tpmp_kernels.pipeline.draw import timeline_svg
-from tpmp_kernels.training import data
+from tpmp_kernels.training import data, timeline
 from tpmp_kernels.training.config import Config, to_toml
 from tpmp_kernels.training.data import Corpus
 from tpmp_kernels.training.launch import progress, rank_environment
@@ -79,7 +78,10 @@ def _train(config: Config, where: Layout, corpus: Corpus, folder: Path, *, resum
                 _say(_validation_line(loss, corpus.unigram_entropy))
         if _due(step + 1, config.checkpoint.every, last):
             checkpoint.save(folder / "checkpoints", step + 1, trainer.tensors(), where.mesh["tp"])
-    _draw_timeline(trainer, where, folder, last)
+    how = f"{config.parallel.schedule}, tp={where.tp.size} x pp={where.pp.size}"
+    line = timeline.draw(trainer, where, folder, f"step {last}: {how}")
+    if line:
+        _say(line)
     return metrics
 
 
@@ -129,15 +131,6 @@ def _introduce(config: Config, where: Layout, corpus: Corpus, trainer: Trainer, 
 
 def _validation_line(loss: float, entropy: float) -> str:
     return f"validation loss {loss:.4f} nat, {entropy - loss:.2f} below the unigram entropy {entropy:.4f}"
-
-
-def _draw_timeline(trainer: Trainer, where: Layout, folder: Path, step: int) -> None:
-    """timeline.svg of the last step on every rank. Times are of the host's one monotonic clock."""
-    gathered: list = [None] * where.world.size
-    dist.all_gather_object(gathered, trainer.events)
-    if where.world.rank == 0:
-        title = f"step {step}: {trainer.config.parallel.schedule}, tp={where.tp.size} x pp={where.pp.size}"
-        (folder / "timeline.svg").write_text(timeline_svg(gathered, title=title))
 
 
 def _corpus(config: Config) -> Corpus:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tpmp_kernels.checkpoint import Placed
 from tpmp_kernels.pipeline.runtime import Runtime, StepResult
-from tpmp_kernels.pipeline.schedule import Event, Schedule
+from tpmp_kernels.pipeline.schedule import Schedule
 from tpmp_kernels.pipeline.stage import Stage
 from tpmp_kernels.tensor_parallel import reduce_partial_gradients
 from tpmp_kernels.training.config import Config
@@ -58,7 +58,7 @@ class Trainer:
         self.runtime = self._runtime(schedule)
         self.forward_only = self._runtime(schedule.forwards())
         self.names = self._names()
-        self.events: list[Event] = []
+        self.times: tuple[list, tuple[float, float]] | None = None  # of the last step: its program's, the optimizer's
 
     def _names(self) -> dict[str, int]:
         """A number for each parameter of the whole model, the same on every rank."""
@@ -108,7 +108,7 @@ class Trainer:
         began = time.perf_counter()
         self.optimizer.step(step, norm)
         end = time.perf_counter()
-        self.events = [*result.events, Event("opt", self.layout.pp.rank, None, began, end)]
+        self.times = result.times, (began, end)
         return self._stats(loss, norm, end - start, exposed, result.waited + idle)
 
     @torch.no_grad()

@@ -15,8 +15,11 @@ _MEASURED = Terms(1e3, " ms", "time in ms", blocked="blocked in communication", 
 _SIMULATED = Terms(1, "", "time in units of the costs", blocked="exposed transfer", idle="bubble")
 
 
-def timeline_svg(events: Sequence[Sequence[Event]], *, title: str = "") -> str:
+def timeline_svg(
+    events: Sequence[Sequence[Event]], *, title: str = "", predicted: Sequence[Sequence[Event]] = ()
+) -> str:
     """One SVG document. `events[rank]`: what the rank did, in seconds of one clock; the earliest start becomes 0.
+    predicted: the same from the simulator, drawn below in the same scale.
 
     Boxes are F, B, W, BW and opt with the microbatch in them where it fits; background is idle time, the bubble.
     Blocked time ("comm") is a strip along the foot of the row, since it may lie within a box. Hovering names each.
@@ -28,8 +31,11 @@ def timeline_svg(events: Sequence[Sequence[Event]], *, title: str = "") -> str:
     busy = sum(event.end - event.start for event in everything if event.kind != "comm")
     idle = max(0.0, 1 - busy / (span * len(events)))
     facts = f"{len(events)} ranks, {_MEASURED.time(span)} ms, idle {idle:.1%}"
-    panel = Panel(Title(), [Row(row) for row in events])
-    return to_svg(lay_out([panel], _MEASURED, title=Title(title, facts), widest=2400))
+    names = ("measured", "predicted from its median times") if predicted else ("",)
+    panels = [
+        Panel(Title(name), [Row(row) for row in rows]) for name, rows in zip(names, (events, predicted), strict=False)
+    ]
+    return to_svg(lay_out(panels, _MEASURED, title=Title(title, facts), widest=2400))
 
 
 def _check(events: Sequence[Sequence[Event]]) -> None:

@@ -19,26 +19,33 @@ def chrome_trace(simulation: Simulation, *, unit: float = 1e-3) -> dict:
 
 
 def events_trace(
-    events: Sequence[Sequence[Event]], *, memory: Sequence[Sequence[tuple[float, float]]] = (), unit: float = 1.0
+    events: Sequence[Sequence[Event]],
+    *,
+    memory: Sequence[Sequence[tuple[float, float]]] = (),
+    predicted: Sequence[Sequence[Event]] = (),
+    unit: float = 1.0,
 ) -> dict:
-    """The same from events[rank] and memory[rank], points (time, level) that hold until the next one.
+    """The same from events[rank] and memory[rank], points (time, level) that hold until the next one. predicted: of
+    the same ranks, from the simulator; processes of their own behind the others.
 
     unit: seconds in one unit of their times. Raises ValueError where it is not above 0.
     """
     if not unit > 0:
         raise ValueError(f"trace: unit is {unit}; expected seconds above 0 for one unit of time")
     micro = unit * 1e6
-    rows = [entry for rank in range(len(events)) for entry in _names(rank)]
-    rows += [_complete(rank, event, micro) for rank, row in enumerate(events) for event in row]
+    names = [f"rank {rank}" for rank in range(len(events))]
+    names += [f"rank {rank}, predicted" for rank in range(len(predicted))]
+    rows = [entry for rank, name in enumerate(names) for entry in _names(rank, name)]
+    rows += [_complete(rank, event, micro) for rank, row in enumerate([*events, *predicted]) for event in row]
     rows += [_counter(rank, time * micro, level) for rank, row in enumerate(memory) for time, level in row]
     return {"traceEvents": rows, "displayTimeUnit": "ms"}
 
 
-def _names(rank: int) -> list[dict]:
+def _names(rank: int, name: str) -> list[dict]:
     """Metadata: what the process and its threads are called, and that they stand in order."""
     process = {"ph": "M", "pid": rank}
     return [
-        {**process, "name": "process_name", "args": {"name": f"rank {rank}"}},
+        {**process, "name": "process_name", "args": {"name": name}},
         {**process, "name": "process_sort_index", "args": {"sort_index": rank}},
         *({**process, "tid": tid, "name": "thread_name", "args": {"name": name}} for tid, name in _THREADS.items()),
     ]
