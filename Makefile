@@ -26,11 +26,17 @@ $(STAMP): $(SOURCES)
 demo: venv  ## train a small language model with tp=2 x pp=2 on four processes, and prove it
 	$(RUN) -m tpmp_kernels train examples/demo.toml
 
+# What is about deaths and deadlines has the machine for itself; all else runs on two workers.
+TIMED := tests/comm tests/training/test_launch.py tests/test_bench_comm.py
+TWO := -n 2 --dist loadfile $(TIMED:%=--ignore=%)
+
 test: venv  ## the tests, at most 6 minutes: a seeded sample of every large grid
-	$(RUN) -m pytest -m 'not gpu and not full' tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not gpu and not full' $(TWO) tests
+	$(RUN) -m pytest -m 'not gpu and not full' $(TIMED)
 
 test-all: venv  ## the full grids too
-	$(RUN) -m pytest -m 'not gpu' tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not gpu' $(TWO) tests
+	$(RUN) -m pytest -m 'not gpu' $(TIMED)
 
 lint: venv  ## ruff
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

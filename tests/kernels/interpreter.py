@@ -18,6 +18,7 @@ UNIT_HERE = {**UNIT, torch.bfloat16: 2.0**-7}
 SIZES = (0, 1, 2, 3, 7, 16, 31, 64, 67, 97, 130)
 CASES: dict[str, Callable[[], None]] = {}
 SAMPLES: dict[str, int] = {}  # family of random cases -> how many of them always run
+SLOW: set[str] = set()  # names of cases that run in full runs alone
 
 
 def case(function: Callable[[], None]) -> Callable[[], None]:
@@ -26,10 +27,17 @@ def case(function: Callable[[], None]) -> Callable[[], None]:
     return function
 
 
-def each_dtype(name: str, check: Callable[[torch.dtype], None]) -> None:
-    """`check(dtype)` for each dtype, always."""
+def slow_case(function: Callable[[], None]) -> Callable[[], None]:
+    """One check, in full runs."""
+    SLOW.add(function.__name__)
+    return case(function)
+
+
+def each_dtype(name: str, check: Callable[[torch.dtype], None], *, always: Iterable[str] = DTYPES) -> None:
+    """`check(dtype)` for each dtype, always, or for some in full runs alone."""
     for label, dtype in DTYPES.items():
         CASES[f"{name}-{label}"] = lambda d=dtype: check(d)
+    SLOW.update(f"{name}-{label}" for label in DTYPES if label not in always)
 
 
 def random_cases(family: str, check: Callable[[int, torch.dtype], None], *, sample: int) -> None:
@@ -42,7 +50,7 @@ def random_cases(family: str, check: Callable[[int, torch.dtype], None], *, samp
 
 def sampled() -> list[str]:
     """Names of the cases that always run."""
-    always = [name for name in CASES if name.split("-")[0] not in SAMPLES]
+    always = [name for name in CASES if name.split("-")[0] not in SAMPLES and name not in SLOW]
     for family, count in SAMPLES.items():
         always += random.Random(family).sample([name for name in CASES if name.split("-")[0] == family], count)
     return always

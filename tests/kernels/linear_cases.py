@@ -359,7 +359,7 @@ def check_main_grad(dtype: torch.dtype) -> None:
                 ours.main_grad.zero_()
 
 
-each_dtype("integers", check_integers)
+each_dtype("integers", check_integers, always=("bf16",))
 each_dtype("empty", check_empty)
 each_dtype("recompute", check_recompute)
 each_dtype("main_grad", check_main_grad)

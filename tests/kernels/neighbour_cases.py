@@ -14,6 +14,7 @@ from interpreter import (
     poisoned,
     poisoned_output,
     random_cases,
+    slow_case,
     with_gradients,
 )
 from neighbour_bounds import glu_bounds, norm_bound, norm_gradient_bounds, rope_bound
@@ -219,7 +220,7 @@ def check_empty(dtype: torch.dtype) -> None:
     assert [t.shape for t in rope.rope(q, k, reference.rope_table(4, 8), None)] == [q.shape, k.shape]
 
 
-@case
+@slow_case
 def wide_rows() -> None:
     """8192 columns stay in registers, 20000 go in steps; a large mean beside a small variance loses no digits."""
     from tpmp_kernels.kernels import norms

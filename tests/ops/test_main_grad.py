@@ -55,7 +55,7 @@ def batch(seed: int, dtype=torch.float64):
     return torch.randn(3, K, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
 
-@pytest.fixture(scope="module", params=["eager", "aot_eager", "inductor"])
+@pytest.fixture(scope="module", params=["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def form(request):
     """How a function runs; a compiled block serves all tests, since the ops' parameters are its inputs."""
     if request.param == "eager":

@@ -65,9 +65,9 @@ def run_pipeline(schedule: str, microbatches: int, how: dict):
         return first.losses, second.losses, grads, sum(stage.live for stage in stages.values()), computes
 
 
-def one_process(stages: int, microbatches: int, compile: bool = False):
+def one_process(stages: int, microbatches: int, compile: bool | str = False):
     blocks = layers(stages)
-    model = nn.Sequential(*(map(torch.compile, blocks) if compile else blocks))
+    model = nn.Sequential(*(torch.compile(block, backend=compile) if compile else block for block in blocks))
     ops.attach_main_grad(model.parameters())
     inputs, targets = data(microbatches)
     losses = []
@@ -79,20 +79,23 @@ def one_process(stages: int, microbatches: int, compile: bool = False):
     return losses, [[p.grad for p in stage.parameters()] for stage in model]
 
 
+REST = [(2, 1), (2, 8), (3, 5), (4, 1), (4, 3)]
 WITH_BACKWARD = [name for name in SCHEDULES if name != "forward-only"]
 
 
-@pytest.mark.parametrize("microbatches", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("size", "microbatches"), [(2, 3), (4, 8), *(pytest.param(*each, marks=pytest.mark.full) for each in REST)]
+)
 @pytest.mark.parametrize("schedule", WITH_BACKWARD)
-@pytest.mark.parametrize("size", [2, 4])
 def test_losses_and_gradients_are_those_of_one_process_bitwise(ranks, size, schedule, microbatches):
     check_bitwise(ranks, size, schedule, microbatches, {})
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
-@pytest.mark.parametrize("how", [{"recompute": True}, {"compile": True}, {"compile": True, "recompute": True}], ids=str)
-def test_recomputed_and_compiled_stages_too(ranks, schedule, how):
-    check_bitwise(ranks, 2, schedule, 3, how)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("compile", [False, "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_recomputed_and_compiled_stages_too(ranks, schedule, compile, recompute):
+    check_bitwise(ranks, 2, schedule, 3, {"compile": compile, "recompute": recompute})
 
 
 def check_bitwise(ranks, size: int, schedule: str, microbatches: int, how: dict) -> None:

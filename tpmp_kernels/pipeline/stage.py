@@ -12,6 +12,12 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from tpmp_kernels import ops
 
 
+def _compiled(module: nn.Module, compile: bool | str) -> Callable[..., Tensor]:
+    if not compile:
+        return module
+    return torch.compile(module, backend=compile) if isinstance(compile, str) else torch.compile(module)
+
+
 class Stage:
     """Runs a module forward and backward, a microbatch at a time, the backward in one go (BW) or in two (B, then W).
 
@@ -20,8 +26,8 @@ class Stage:
     Under torch.no_grad nothing is remembered and no backward follows. numbered: the module is called with step= and
     microbatch= as well, of which masks of dropout are a function.
 
-    compile: through torch.compile. recompute: keep the input alone between forward and backward, which then runs the
-    forward again. Both go with W apart.
+    compile: through torch.compile, or a backend of it by name. recompute: keep the input alone between forward and
+    backward, which then runs the forward again. Both go with W apart.
 
     W holds the weight gradients that our ops make (ops.linear, gated_linear, mlp, gated_mlp) for weights with a
     `main_grad`; fp32 and fp64 parameters get one here before the first forward. All other gradients, and those of any
@@ -34,11 +40,11 @@ class Stage:
         *,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         numbered: bool = False,
-        compile: bool = False,
+        compile: bool | str = False,
         recompute: bool = False,
     ):
         self.module, self.loss, self.numbered = module, loss, numbered
-        self._call = torch.compile(module) if compile else module
+        self._call = _compiled(module, compile)
         self._recompute = recompute
         self._parameters: list[nn.Parameter] | None = None  # once their main_grads are attached
         self._live: dict[int, tuple[Tensor, GradientEdge, Tensor | None]] = {}
