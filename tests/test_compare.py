@@ -34,6 +34,7 @@ def test_each_op_is_as_near_to_fp64_as_torch_forward_and_backward(op):
         assert not error.wrong, f"{name}: {error}"
 
 
+@pytest.mark.full
 def test_the_table_has_times_beside_errors_and_memory(capsys):
     arguments = ["compare", "linear", "--shape", "16x32x8", "--dtype", "fp32,bf16", "--threads", "1", "--quick"]
     assert command.main(arguments) == 0

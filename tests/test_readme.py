@@ -38,6 +38,7 @@ def test_the_kernel_example_runs():
     run("-c", USE_A_KERNEL)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("example", [COMMUNICATE, ASSEMBLE_A_MODEL], ids=["communicate", "model"])
 def test_the_examples_for_two_ranks_run(tmp_path, monkeypatch, example):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")

@@ -51,6 +51,7 @@ def losses_of_one_process(layers: int, batch: int, steps: int = 3) -> list[float
     return losses
 
 
+@pytest.mark.full
 def test_every_schedule_follows_one_process():
     command = [sys.executable, "-m", "benchmarks.peers.pipelining_gpt", *TINY, "--schedule=all", "--layers=4", *SGD]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

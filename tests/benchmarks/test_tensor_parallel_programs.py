@@ -53,6 +53,7 @@ def run_memory() -> tuple[int, int | None]:
     return suite.tensor_bytes() - before - held.nbytes, suite.memory_of(suite.OURS, TINY)
 
 
+@pytest.mark.full
 def test_memory_counts_model_optimizer_and_step():
     parameters = sum(p.numel() for p in gpt.GPT(gpt.Config(2, 32, 2, 64, 64, 16)).parameters())
     for miscounted, memory in suite.in_processes_of_their_own(run_memory):

@@ -22,7 +22,7 @@ def raw(problem):
 
 
 @each_problem
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("requires_grad", [pytest.param(False, marks=pytest.mark.full), True])
 def test_opcheck(problem, requires_grad):
     inputs = problem.inputs(torch.float32, requires_grad=requires_grad)
     torch.library.opcheck(raw(problem), problem.raw(*inputs))
@@ -30,7 +30,7 @@ def test_opcheck(problem, requires_grad):
 
 @a_few
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["transposed", "strided"])
+@pytest.mark.parametrize("layout", [pytest.param("transposed", marks=pytest.mark.full), "strided"])
 def test_opcheck_dtypes_and_layouts(problem, dtype, layout):
     inputs = problem.inputs(dtype, layout=layout, requires_grad=True)
     torch.library.opcheck(raw(problem), problem.raw(*inputs))

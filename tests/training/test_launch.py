@@ -187,6 +187,7 @@ def torchrun(ranks: int) -> tuple[str, ...]:
     return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
 
 
+@pytest.mark.full
 def test_torchrun_with_another_number_of_ranks_is_told_by_rank_0_alone(started):
     run = started("fine", command=torchrun(2))
     assert run.process.wait(40) == 1  # torchrun's own

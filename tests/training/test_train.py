@@ -109,6 +109,7 @@ def test_a_difference_fails_the_run_with_one_sentence(config):
     assert "proof fp64" in line and "DIFFERENT" in line
 
 
+@pytest.mark.full
 def test_four_ranks_that_share_heads_and_cut_tokens_are_proved_too(config):
     """Two key and value heads on four ranks, with sequence parallelism: partial gradients of both kinds."""
     argv = ["--parallel.tp", 4, "--parallel.pp", 1, "--parallel.sequence-parallel", "true", "--training.steps", 3]
