@@ -13,6 +13,7 @@ that says why.
 
 import argparse
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -61,6 +62,11 @@ def build(args: argparse.Namespace):
 
 def train(args: argparse.Namespace) -> dict:
     """One rank of a pipeline."""
+    return harness.timed_steps(stepper(args), args)
+
+
+def stepper(args: argparse.Namespace) -> Callable[[int], float]:
+    """`step(i)` trains a model of its own on batch i and returns the loss, NaN on ranks without the last stage."""
     parts, schedule, is_first, is_last = build(args)
     optimizer = harness.optimizer_of(parts.parameters(), args)
 
@@ -74,12 +80,16 @@ def train(args: argparse.Namespace) -> dict:
         optimizer.zero_grad()
         return torch.stack(losses).mean().item() if is_last else float("nan")
 
-    return harness.timed_steps(step, args)
+    return step
 
 
 def train_alone(args: argparse.Namespace) -> dict:
-    """The whole model in this process, microbatch after microbatch: the work that a pipeline shares out."""
     torch.set_num_threads(1)
+    return harness.timed_steps(stepper_alone(args), args)
+
+
+def stepper_alone(args: argparse.Namespace) -> Callable[[int], float]:
+    """The whole model in this process, microbatch after microbatch: the work that a pipeline shares out."""
     config = harness.config_of(args)
     model = gpt.GPT(config, seed=args.seed)
     optimizer = harness.optimizer_of(model.parameters(), args)
@@ -95,7 +105,7 @@ def train_alone(args: argparse.Namespace) -> dict:
         optimizer.zero_grad()
         return total
 
-    return harness.timed_steps(step, args)
+    return step
 
 
 def run(name: str, args: argparse.Namespace) -> dict | None:
