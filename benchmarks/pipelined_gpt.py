@@ -24,11 +24,11 @@ from tpmp_kernels.tensor_parallel import parallelize
 
 
 class Part(nn.Module):
-    """Blocks first..last-1 in our ops, and at the end the head with its loss."""
+    """Blocks first..last-1 in our ops, and at the end the head with its loss, whose gradient will be `scale`."""
 
-    def __init__(self, config: gpt.Config, first: int, last: int, *, seed: int):
+    def __init__(self, config: gpt.Config, first: int, last: int, *, seed: int, scale: float):
         super().__init__()
-        alone = SelfCommunicator()
+        alone, self.scale = SelfCommunicator(), scale
         self.blocks = gpt.GPT(config, first, last, seed=seed)
         self.head = None
         if self.blocks.head is not None:
@@ -41,7 +41,7 @@ class Part(nn.Module):
         return x if self.head is None else self.blocks.norm(x)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return self.head.loss(hidden, targets, reduction="sum")
+        return self.head.loss(hidden, targets, reduction="sum", grad_scale=self.scale)
 
 
 def borders(config: gpt.Config, stages: int, placement: tuple[int, ...], even: bool) -> list[range]:
@@ -53,9 +53,9 @@ def borders(config: gpt.Config, stages: int, placement: tuple[int, ...], even: b
     blocks = [
         LayerCost(str(i), weights + attention, weights + 5 / 2 * attention, weights) for i in range(config.layers)
     ]
-    # The head's B makes the logits again (ops.linear_cross_entropy). It and the embedding stand with a block here.
+    # The head makes its gradients along with the loss. It and the embedding stand with a block here.
     last = blocks[-1]
-    blocks[-1] = LayerCost(last.name, last.F + head, last.B + 2 * head, last.W + head)
+    blocks[-1] = LayerCost(last.name, last.F + 3 * head, last.B, last.W)
     return [part.layers for part in partition(blocks, ranks=max(placement) + 1, placement=placement).parts]
 
 
@@ -64,8 +64,9 @@ def stepper(args: argparse.Namespace, comm: Communicator) -> Callable[[int], flo
     config = harness.config_of(args)
     plan = build(args.schedule, ranks=comm.size, microbatches=args.microbatches)
     cuts = borders(config, plan.stages, plan.placement, args.even)
+    scale = 1 / (args.batch * config.sequence)
     parts = {
-        number: Part(config, cuts[number].start, cuts[number].stop, seed=args.seed)
+        number: Part(config, cuts[number].start, cuts[number].stop, seed=args.seed, scale=scale)
         for number, rank in enumerate(plan.placement)
         if rank == comm.rank
     }
@@ -76,7 +77,6 @@ def stepper(args: argparse.Namespace, comm: Communicator) -> Callable[[int], flo
 
     def step(i: int) -> float:
         tokens, targets = gpt.batch(config, args.batch, i, seed=args.seed)
-        scale = 1 / tokens.numel()
         chunks = (each.chunk(args.microbatches) for each in (tokens, targets))
         losses = runtime.step(*chunks, loss_scale=scale).losses
         optimizer.step()
