@@ -15,11 +15,12 @@
     channels.py    what crosses stage borders
     memory.py      counts what a pass holds
     runtime.py     the one loop that executes a schedule
+    parts.py       modules for stages out of a whole model
     measured.py    a pass that ran, in the simulator's format
     partition.py   which layers make which stage, with partition_search.py and partition_pins.py; command_model.py
                    shows it
 
-All but stage, channels, memory and runtime, and draw/png.py, import the standard library alone, so that schedules can
-be built, proved, timed and drawn without torch. Nothing is imported here for the same reason: take names from the
+All but stage, parts, channels, memory, runtime and draw/png.py import the standard library alone, so that schedules
+can be built, proved, timed and drawn without torch. Nothing is imported here for the same reason: take names from the
 modules themselves.
 """
