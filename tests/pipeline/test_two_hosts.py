@@ -1,0 +1,85 @@
+"""A pipeline over two hosts: two network namespaces, joined by a link of 1 Gbit/s. Needs root, `ip` and `tc`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from two_hosts_program import Block, data, mean_square
+
+PROGRAM = Path(__file__).parent / "two_hosts_program.py"
+NAMES, ADDRESSES = ("tpmp-host0", "tpmp-host1"), ("10.99.7.1", "10.99.7.2")
+MICROBATCHES, WIDTH = 12, 4096
+BANDWIDTH = 1e9 / 8  # bytes a second
+
+
+def command(*words: str, check: bool = True) -> subprocess.CompletedProcess:
+    return subprocess.run(words, capture_output=True, text=True, check=check)
+
+
+@contextmanager
+def two_hosts():
+    """Both namespaces, or a skip with the reason."""
+    if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"):
+        pytest.skip("network namespaces need root, ip and tc")
+    try:
+        for name in NAMES:
+            command("ip", "netns", "add", name)
+        command("ip", "link", "add", "veth0", "netns", NAMES[0], "type", "veth", "peer", "veth1", "netns", NAMES[1])
+        for number, (name, address) in enumerate(zip(NAMES, ADDRESSES, strict=True)):
+            device = f"veth{number}"
+            command("ip", "-n", name, "addr", "add", f"{address}/24", "dev", device)
+            for each in (device, "lo"):
+                command("ip", "-n", name, "link", "set", each, "up")
+            limit = ("rate", "1gbit", "burst", "256kb", "latency", "50ms")
+            command("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", device, "root", "tbf", *limit)
+        yield
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {' '.join(error.cmd)}: {error.stderr.strip()}")
+    finally:
+        for name in NAMES:
+            command("ip", "netns", "del", name, check=False)
+
+
+def start(rank: int) -> subprocess.Popen:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": f"veth{rank}", "OMP_NUM_THREADS": "1"}
+    inside = ["ip", "netns", "exec", NAMES[rank], sys.executable, PROGRAM]
+    arguments = [str(rank), ADDRESSES[0], str(MICROBATCHES), str(WIDTH)]
+    return subprocess.Popen(
+        [*inside, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def one_process() -> tuple[list[float], list[float]]:
+    blocks, losses = [Block(0, WIDTH), Block(1, WIDTH)], []
+    for x, target in zip(*data(MICROBATCHES, WIDTH), strict=True):
+        loss = mean_square(blocks[1](blocks[0](x)), target)
+        loss.backward()
+        losses.append(loss.item())
+    return losses, [2 * block.weight.grad.double().sum().item() for block in blocks]
+
+
+def test_over_a_link_of_1_gbit_the_pipeline_is_right_and_hides_its_transfers(monkeypatch):
+    """Losses to the bit; of the time that all messages take one after the other, at most a fifth is waited for."""
+    with two_hosts():
+        ranks = [start(rank) for rank in range(2)]
+        try:
+            outputs = [rank.communicate(timeout=100) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    found = json.loads(outputs[0][0].splitlines()[-1])
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    losses, gradients = one_process()
+    assert found["losses"] == losses
+    assert found["gradients"] == pytest.approx(gradients, rel=1e-5)
+    serial = 2 * MICROBATCHES * found["bytes"] / BANDWIDTH
+    assert serial > 0.4
+    assert sum(found["exposed"]) / 2 <= 0.2 * serial, f"{found['exposed']} of {serial:.2f} s"
+    assert torch.tensor(found["exposed"]).isfinite().all()
