@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from benchmarks import pipelined_gpt
 from benchmarks.peers import pipelining_gpt
+from benchmarks.pool import in_processes_of_their_own
 from tpmp_kernels.bench import Bar, interleave, slowest
 from tpmp_kernels.comm import communicator
-from tpmp_kernels.testing import RankPool
 
 SUITE = "pipeline"
 CASE, PROGRAM = "GPT step 2 stages", "8 layers, 8x256x512, 8 microbatches"
@@ -63,14 +63,6 @@ def test_step(compare):
         baseline="torch 1F1B",
         threads=1,
     )
-
-
-def in_processes_of_their_own(function: Callable, *args) -> list:
-    pool = RankPool(2)
-    try:
-        return pool.run(function, *args, timeout=900)
-    finally:
-        pool.close()
 
 
 def time_steps(options: list[str]) -> dict:

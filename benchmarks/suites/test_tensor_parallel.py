@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks import parallel_gpt
 from benchmarks.peers import dtensor_gpt, gpt, harness, megatron_layers
+from benchmarks.pool import in_processes_of_their_own
 from tpmp_kernels.bench import Bar, interleave, slowest
 from tpmp_kernels.bench.comm import tpmp_group
 from tpmp_kernels.bench.memory import extra_bytes
 from tpmp_kernels.comm import SelfCommunicator, communicator
-from tpmp_kernels.testing import RankPool
 
 SUITE = "tensor_parallel"
 CASE, PROGRAM = "GPT step 2 ranks", "4 layers, 4x256x512"
@@ -102,14 +102,6 @@ def present() -> list[str]:
 
 def largest(ranks: list[int | None]) -> int | None:
     return None if None in ranks else max(ranks)
-
-
-def in_processes_of_their_own(function: Callable, *args) -> list:
-    pool = RankPool(2)
-    try:
-        return pool.run(function, *args, timeout=900)
-    finally:
-        pool.close()
 
 
 def time_steps(options: list[str]) -> dict:
