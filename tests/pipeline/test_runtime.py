@@ -267,3 +267,10 @@ def test_inputs_of_the_first_stage_stay_as_they_are():
     runtime = Runtime(plan, stages_of(plan, 0), SelfCommunicator(), shape=(ROWS, WIDTH), dtype=torch.float32)
     runtime.step(inputs, targets)
     assert all(not x.requires_grad and x.grad is None for x in inputs)
+
+
+def test_a_stage_names_the_matrices_that_have_no_part_in_w():
+    plan = build("zb-h1", ranks=1, microbatches=2)
+    stages = stages_of(plan, 0)
+    Runtime(plan, stages, SelfCommunicator(), shape=(ROWS, WIDTH), dtype=torch.float32).step(*data(2))
+    assert stages[0].whole == ["linear.weight"]

@@ -57,15 +57,16 @@ def start(rank: int) -> subprocess.Popen:
 
 def one_process() -> tuple[list[float], list[float]]:
     blocks, losses = [Block(0, WIDTH), Block(1, WIDTH)], []
-    for x, target in zip(*data(MICROBATCHES, WIDTH), strict=True):
-        loss = mean_square(blocks[1](blocks[0](x)), target)
-        loss.backward()
-        losses.append(loss.item())
-    return losses, [2 * block.weight.grad.double().sum().item() for block in blocks]
+    for _ in range(2):
+        for x, target in zip(*data(MICROBATCHES, WIDTH), strict=True):
+            loss = mean_square(blocks[1](blocks[0](x)), target)
+            loss.backward()
+            losses.append(loss.item())
+    return losses[:MICROBATCHES], [block.weight.grad.double().sum().item() for block in blocks]
 
 
 def test_over_a_link_of_1_gbit_the_pipeline_is_right_and_hides_its_transfers(monkeypatch):
-    """Losses to the bit; of the time that all messages take one after the other, at most a fifth is waited for."""
+    """Both to the bit; of the time that all messages take one after the other, at most a fifth is waited for."""
     with two_hosts():
         ranks = [start(rank) for rank in range(2)]
         try:
@@ -80,9 +81,7 @@ def test_over_a_link_of_1_gbit_the_pipeline_is_right_and_hides_its_transfers(mon
     torch.set_num_threads(1)  # as the ranks: sums of more threads have other bits
     losses, gradients = one_process()
     torch.set_num_threads(threads)
-    assert found["losses"] == losses
-    assert found["gradients"] == pytest.approx(gradients, rel=1e-5)
+    assert found["losses"] == losses and found["gradients"] == gradients
     serial = 2 * MICROBATCHES * found["bytes"] / BANDWIDTH
     assert serial > 0.4
     assert sum(found["exposed"]) / 2 <= 0.2 * serial, f"{found['exposed']} of {serial:.2f} s"
-    assert torch.tensor(found["exposed"]).isfinite().all()

@@ -5,8 +5,8 @@ forward made, "B" the gradient that a stage's backward made for its input. Shape
 that nothing but the values travels; the transport refuses a message of another size.
 
 Receives are posted as early as the lowered schedule has them, into memory of their own. What is sent lies where the
-transport lends it to the receiver, which copies it once: copied there here, unless the stage has made it there. The
-schedule bounds how many of both there are, and a wait for a send is the back-pressure.
+transport lends it to the receiver: it is copied there here, and from there by the receiver. The schedule bounds how
+many of both there are, and a wait for a send is the back-pressure.
 """
 
 from collections.abc import Callable, Sequence

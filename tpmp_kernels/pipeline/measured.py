@@ -16,15 +16,14 @@ from tpmp_kernels.pipeline.simulation import Simulation
 Times = Sequence[Sequence[tuple[float, float]]]
 
 
-def measured(lowered: Lowered, times: Times, *, peak_memory: Sequence[float] = ()) -> Simulation:
+def measured(lowered: Lowered, times: Times) -> Simulation:
     """What the ranks did, in seconds from the start of the first. times[rank]: (start, end) of each step of
     `lowered.programs[rank]`, of one clock for all ranks.
 
     A wait is exposed transfer (`blocked`) from where both ends had posted the message; before that, it is for the
-    compute of another rank. costs: the median time of each kind on each stage, and of a message from there to its
-    arrival, where a receiver waited for it. Raises ValueError where times and steps are not as many.
+    compute of another rank. costs: the median time of each kind on each stage, and for the latency that of these
+    exposed parts. Memory is not measured: peak_memory is 0. Raises ValueError where times and steps are not as many.
     """
-    ranks = range(len(lowered.programs))
     for rank, program in enumerate(lowered.programs):
         if len(times[rank]) != len(program):
             raise ValueError(
@@ -47,7 +46,7 @@ def measured(lowered: Lowered, times: Times, *, peak_memory: Sequence[float] = (
         makespan=max((row[-1][2] for row in computes if row), default=0.0),
         busy=tuple(sum(end - start for _, start, end in row) for row in computes),
         exposed=tuple(sum(end - start for start, end in row) for row in blocked),
-        peak_memory=tuple(peak_memory) or tuple(0.0 for _ in ranks),
+        peak_memory=tuple(0.0 for _ in steps),
     )
 
 
