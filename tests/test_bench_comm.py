@@ -120,7 +120,14 @@ def test_more_memory_than_there_is_is_refused_before_it_is_used(monkeypatch):
 
 def start(*options: str) -> subprocess.Popen:
     argv = [sys.executable, "-m", "tpmp_kernels", "bench", "comm", *options]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored where make test & runs
+    )
 
 
 def session(leader: int) -> list[int]:

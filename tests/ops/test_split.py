@@ -14,7 +14,7 @@ K, HIDDEN, ROWS = 6, 10, 7
 OTHERS = [torch.float64, torch.bfloat16]
 
 
-@pytest.fixture(scope="module", params=["eager", "aot_eager", "inductor"])
+@pytest.fixture(scope="module", params=["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def form(request):
     if request.param == "eager":
         return lambda function: function

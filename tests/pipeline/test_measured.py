@@ -4,7 +4,7 @@ import pytest
 
 from tpmp_kernels.pipeline.costs import Costs
 from tpmp_kernels.pipeline.lowering import lower
-from tpmp_kernels.pipeline.measured import measured
+from tpmp_kernels.pipeline.measured import exposed_transfer, measured
 from tpmp_kernels.pipeline.schedule import Action, Kind
 from tpmp_kernels.pipeline.schedules import build
 from tpmp_kernels.pipeline.simulate import simulate
@@ -59,6 +59,10 @@ def test_a_wait_is_exposed_transfer_from_where_both_ends_have_posted():
     }
     found = measured(lowered, [[times[r][step.kind] for step in p] for r, p in enumerate(lowered.programs)])
     assert found.blocked == ([(2.0, 2.5)], [(2.0, 2.25)]) and found.exposed == (0.5, 0.25)
+    assert exposed_transfer(lowered, [[times[r][s.kind] for s in p] for r, p in enumerate(lowered.programs)]) == (
+        0.5,
+        0.25,
+    )
     assert found.makespan == 5.0 and found.busy == (2.0, 2.75)
     assert found.costs.F == [2.0, 2.75] and found.costs.latency == 0.375
 

@@ -91,7 +91,7 @@ def test_losses_and_gradients_are_those_of_one_process_bitwise(ranks, size, sche
     check_bitwise(ranks, size, schedule, microbatches, {})
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+@pytest.mark.parametrize("schedule", [pytest.param("1f1b", marks=pytest.mark.full), "zb-v"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("compile", [False, "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_recomputed_and_compiled_stages_too(ranks, schedule, compile, recompute):

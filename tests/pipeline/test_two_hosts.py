@@ -46,13 +46,26 @@ def two_hosts():
             command("ip", "netns", "del", name, check=False)
 
 
-def start(rank: int) -> subprocess.Popen:
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": f"veth{rank}", "OMP_NUM_THREADS": "1"}
-    inside = ["ip", "netns", "exec", NAMES[rank], sys.executable, PROGRAM]
-    arguments = [str(rank), ADDRESSES[0], str(MICROBATCHES), str(WIDTH)]
+def start(host: int, *arguments: object, **environment: object) -> subprocess.Popen:
+    environment = {"GLOO_SOCKET_IFNAME": f"veth{host}", "OMP_NUM_THREADS": 1, **environment}
     return subprocess.Popen(
-        [*inside, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ["ip", "netns", "exec", NAMES[host], sys.executable, *map(str, arguments)],
+        env={**os.environ, **{name: str(value) for name, value in environment.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+
+
+def outputs(ranks: list[subprocess.Popen]) -> list[str]:
+    """What each has printed, once all have ended well."""
+    try:
+        said = [rank.communicate(timeout=100) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert not any(rank.returncode for rank in ranks), said
+    return [out for out, _ in said]
 
 
 def one_process() -> tuple[list[float], list[float]]:
@@ -68,14 +81,8 @@ def one_process() -> tuple[list[float], list[float]]:
 def test_over_a_link_of_1_gbit_the_pipeline_is_right_and_hides_its_transfers(monkeypatch):
     """Both to the bit; of the time that all messages take one after the other, at most a fifth is waited for."""
     with two_hosts():
-        ranks = [start(rank) for rank in range(2)]
-        try:
-            outputs = [rank.communicate(timeout=100) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    found = json.loads(outputs[0][0].splitlines()[-1])
+        said = outputs([start(rank, PROGRAM, rank, ADDRESSES[0], MICROBATCHES, WIDTH) for rank in range(2)])
+    found = json.loads(said[0].splitlines()[-1])
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks: sums of more threads have other bits
@@ -85,3 +92,32 @@ def test_over_a_link_of_1_gbit_the_pipeline_is_right_and_hides_its_transfers(mon
     serial = 2 * MICROBATCHES * found["bytes"] / BANDWIDTH
     assert serial > 0.4
     assert sum(found["exposed"]) / 2 <= 0.2 * serial, f"{found['exposed']} of {serial:.2f} s"
+
+
+CONFIG = """
+model = {{ vocab_size = 256, hidden = 32, layers = 2, heads = 4, kv_heads = 2, ffn = 48 }}
+data = {{ source = "{folder}/text", cache = "{folder}/cache", sequence = 16 }}
+parallel = {{ tp = 2, pp = 2, schedule = "1f1b-eager", microbatches = 4 }}
+training = {{ steps = 3, batch = 8 }}
+proof = {{ fp64_steps = 3, fp32_steps = 3 }}
+output = {{ run_dir = "{folder}/run" }}
+"""
+
+
+def test_hosts_of_two_ranks_share_memory_within_and_send_between(tmp_path):
+    """`tpmp train` with ranks as torchrun starts them: tensor parallel on each host, the pipeline over both, proved."""
+    (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog; " * 400)
+    config = tmp_path / "config.toml"
+    config.write_text(CONFIG.format(folder=tmp_path))
+    world = {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": 29432}
+    with two_hosts():
+        ranks = [
+            start(
+                rank // 2, "-m", "tpmp_kernels", "train", config,
+                RANK=rank, LOCAL_RANK=rank % 2, TORCHELASTIC_RUN_ID="two hosts", **world,
+            )
+            for rank in range(4)
+        ]  # fmt: skip
+        said = outputs(ranks)
+    assert "transport shm in tp, process_group in pp" in said[0]
+    assert said[0].count(": equal") == 2

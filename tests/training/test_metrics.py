@@ -8,7 +8,7 @@ from tpmp_kernels.training.trainer import StepStats
 
 
 def stats(loss: float) -> StepStats:
-    return StepStats(loss=loss, grad_norm=1.0, seconds=0.5, exposed=0.25, bubble=0.125)
+    return StepStats(loss=loss, grad_norm=1.0, seconds=0.5, exposed=0.25, bubble=0.125, transfer=0.0625)
 
 
 def test_the_live_line_shows_every_figure(tmp_path):

@@ -24,17 +24,9 @@ def measured(lowered: Lowered, times: Times) -> Simulation:
     compute of another rank. costs: the median time of each kind on each stage, and for the latency that of these
     exposed parts. Memory is not measured: peak_memory is 0. Raises ValueError where times and steps are not as many.
     """
-    for rank, program in enumerate(lowered.programs):
-        if len(times[rank]) != len(program):
-            raise ValueError(
-                f"measured: rank {rank} has {len(times[rank])} times for the {len(program)} steps of its program; pass "
-                "the times of a whole pass of the same schedule"
-            )
+    _check(lowered, times)
     origin = min((row[0][0] for row in times if row), default=0.0)
-    steps = [
-        [(step, start - origin, end - origin) for step, (start, end) in zip(program, row, strict=True)]
-        for program, row in zip(lowered.programs, times, strict=True)
-    ]
+    steps = _timed(lowered, times, origin)
     computes = [[each for each in row if type(each[0]) is Action] for row in steps]
     blocked = _blocked(steps)
     return Simulation(
@@ -48,6 +40,29 @@ def measured(lowered: Lowered, times: Times) -> Simulation:
         exposed=tuple(sum(end - start for start, end in row) for row in blocked),
         peak_memory=tuple(0.0 for _ in steps),
     )
+
+
+def exposed_transfer(lowered: Lowered, times: Times) -> tuple[float, ...]:
+    """Of each rank, the seconds in which it waited for a message under way: `exposed` of `measured`, alone."""
+    _check(lowered, times)
+    return tuple(sum(end - start for start, end in row) for row in _blocked(_timed(lowered, times, 0.0)))
+
+
+def _check(lowered: Lowered, times: Times) -> None:
+    for rank, program in enumerate(lowered.programs):
+        if len(times[rank]) != len(program):
+            raise ValueError(
+                f"measured: rank {rank} has {len(times[rank])} times for the {len(program)} steps of its program; pass "
+                "the times of a whole pass of the same schedule"
+            )
+
+
+def _timed(lowered: Lowered, times: Times, origin: float) -> list[list[tuple]]:
+    """Of each rank (step, start, end), from `origin` on."""
+    return [
+        [(step, start - origin, end - origin) for step, (start, end) in zip(program, row, strict=True)]
+        for program, row in zip(lowered.programs, times, strict=True)
+    ]
 
 
 def _blocked(steps: Sequence[Sequence[tuple]]) -> list[list[tuple[float, float]]]:

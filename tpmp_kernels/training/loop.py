@@ -122,11 +122,20 @@ def _introduce(config: Config, where: Layout, corpus: Corpus, trainer: Trainer, 
     _say(
         f"{config.model.layers} layers, hidden {config.model.hidden}; tp={where.tp.size} x pp={where.pp.size}, "
         f"{config.parallel.schedule}, {config.parallel.microbatches} microbatches, {config.training.dtype}; "
-        f"{own:,} parameters on rank 0; transport {where.world.transport}"
+        f"{own:,} parameters on rank 0; transport {_transports(where)}"
     )
     _say(f"data: {config.data.source}, {bytes_ / 1e6:.1f} MB; unigram entropy {corpus.unigram_entropy:.4f} nat a byte")
     if first:
         _say(f"resumed behind step {first}")
+
+
+def _transports(where: Layout) -> str:
+    """One word where tp and pp have the same; ranks of one host share memory, those of several do not."""
+    found = {name: comm.transport for name, comm in (("tp", where.tp), ("pp", where.pp)) if comm.size > 1}
+    found = found or {"world": where.world.transport}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return ", ".join(f"{transport} in {name}" for name, transport in found.items())
 
 
 def _validation_line(loss: float, entropy: float) -> str:

@@ -44,7 +44,7 @@ class Metrics:
         return (
             f"step {step + 1:5d}/{steps}  loss {stats.loss:.4f}  grad norm {stats.grad_norm:7.3f}  "
             f"{self.tokens_per_step / stats.seconds:8,.0f} tokens/s  exposed comm {stats.exposed:5.1%}  "
-            f"bubble {stats.bubble:5.1%}"
+            f"bubble {stats.bubble:5.1%} (transfer {stats.transfer:.1%})"
         )
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from tpmp_kernels.training.trainer import Trainer
 
 
 def draw(trainer: Trainer, where: Layout, folder: Path, title: str) -> str | None:
-    """Writes both files and returns the line, on rank 0. Collective. Times are of the host's one monotonic clock."""
+    """Writes both files and returns the line, on rank 0. Collective."""
     gathered: list = [None] * where.world.size
     dist.all_gather_object(gathered, (where.pp.rank, where.tp.rank, *trainer.times))
     if where.world.rank != 0:

@@ -9,10 +9,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tpmp_kernels.checkpoint import Placed
+from tpmp_kernels.pipeline.measured import exposed_transfer
 from tpmp_kernels.pipeline.runtime import Runtime, StepResult
 from tpmp_kernels.pipeline.schedule import Schedule
 from tpmp_kernels.pipeline.stage import Stage
 from tpmp_kernels.tensor_parallel import reduce_partial_gradients
+from tpmp_kernels.training.clock import clock_offset
 from tpmp_kernels.training.config import Config
 from tpmp_kernels.training.data import Corpus
 from tpmp_kernels.training.layout import Layout
@@ -20,14 +22,17 @@ from tpmp_kernels.training.optimizer import Optimizer
 from tpmp_kernels.training.plan import schedule_of
 from tpmp_kernels.training.stages import TIED, parts_of
 
+SET_CLOCK_EVERY = 50  # steps; clocks of two hosts part by some 10 us a second
+
 
 @dataclass(frozen=True)
 class StepStats:
     """Of one step, the same on every rank. loss: mean over tokens, nat. seconds: of the slowest rank.
 
     exposed: share of the step, mean over ranks, blocked in tensor-parallel collectives. bubble: share blocked on stage
-    transfers or, at the end of the pipeline, on the slowest rank. With more ranks than cores both contain the time in
-    which another rank had the core.
+    transfers or, at the end of the pipeline, on the slowest rank. transfer: the share of it in which the message was
+    under way, so that waiting was for the link and not for a compute. With more ranks than cores all of them contain
+    the time in which another rank had the core.
     """
 
     loss: float
@@ -35,6 +40,7 @@ class StepStats:
     seconds: float
     exposed: float
     bubble: float
+    transfer: float
 
 
 class Trainer:
@@ -58,7 +64,9 @@ class Trainer:
         self.runtime = self._runtime(schedule)
         self.forward_only = self._runtime(schedule.forwards())
         self.names = self._names()
-        self.times: tuple[list, tuple[float, float]] | None = None  # of the last step: its program's, the optimizer's
+        self.clock: float | None = None  # seconds that make times of this host those of rank 0's
+        # Of the last step, by that clock: (start, end) of each step of its program, and of the optimizer.
+        self.times: tuple[list[tuple[float, float]], tuple[float, float]] | None = None
 
     def _names(self) -> dict[str, int]:
         """A number for each parameter of the whole model, the same on every rank."""
@@ -91,6 +99,8 @@ class Trainer:
 
     def step(self, step: int) -> StepStats:
         """Train on the batch of `step` (0, 1, ...)."""
+        if self.clock is None or step % SET_CLOCK_EVERY == 0:
+            self.clock = clock_offset(self.layout.world)
         start, reduced = time.perf_counter(), self.layout.tp.seconds
         result = self._pass(self.runtime, step, "train")
         gradients = {name: main.grad for name, main in self.optimizer.main.items()}
@@ -108,8 +118,8 @@ class Trainer:
         began = time.perf_counter()
         self.optimizer.step(step, norm)
         end = time.perf_counter()
-        self.times = result.times, (began, end)
-        return self._stats(loss, norm, end - start, exposed, result.waited + idle)
+        self.times = [(a + self.clock, b + self.clock) for a, b in result.times], (began + self.clock, end + self.clock)
+        return self._stats(loss, norm, end - start, exposed, result.waited + idle, self._exposed_transfer())
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -181,9 +191,22 @@ class Trainer:
         tokens = self.config.training.batch * self.config.data.sequence
         return torch.stack(result.losses).double().sum().cpu() / tokens
 
-    def _stats(self, loss: float, norm: float, seconds: float, exposed: float, idle: float) -> StepStats:
+    def _exposed_transfer(self) -> float:
+        """Seconds of this rank in the last step. The ranks of a pipeline show each other their times: what an end
+        waited for is known from when the other end had posted."""
+        pp, lowered = self.layout.pp, self.runtime.lowered
+        if pp.size == 1:
+            return 0.0
+        mine = torch.zeros(max(map(len, lowered.programs)), 2, dtype=torch.float64)
+        mine[: len(self.times[0])] = torch.tensor(self.times[0], dtype=torch.float64)
+        of_all = pp.all_gather(torch.empty(pp.size, *mine.shape, dtype=mine.dtype), mine, tag="times").tolist()
+        times = [row[: len(program)] for row, program in zip(of_all, lowered.programs, strict=True)]
+        return exposed_transfer(lowered, times)[pp.rank]
+
+    def _stats(
+        self, loss: float, norm: float, seconds: float, exposed: float, idle: float, transfer: float
+    ) -> StepStats:
         world = self.layout.world
         slowest = world.all_reduce(torch.tensor([seconds], dtype=torch.float64), "max", tag="step time").item()
-        shares = torch.tensor([exposed / seconds, idle / seconds], dtype=torch.float64)
-        exposed_share, bubble = world.all_reduce(shares, "avg", tag="shares").tolist()
-        return StepStats(loss, norm, slowest, exposed_share, bubble)
+        shares = torch.tensor([exposed, idle, transfer], dtype=torch.float64) / seconds
+        return StepStats(loss, norm, slowest, *world.all_reduce(shares, "avg", tag="shares").tolist())
