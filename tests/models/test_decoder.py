@@ -2,6 +2,7 @@
 without sequence parallelism, with fewer key and value heads than ranks, in one part and in two, with dropout and a tied
 head."""
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -235,3 +236,15 @@ def test_the_vocabulary_of_the_demo_is_not_padded():
     assert ModelConfig().padded_vocab == ModelConfig().vocab_size == 256
     assert ModelConfig(vocab_size=50257).padded_vocab == 50304
     assert ModelConfig(vocab_size=61, vocab_multiple=1).padded_vocab == 61
+
+
+def test_a_copy_keeps_the_marks_of_its_parameters():
+    """Of the norms too, whose gradients are partial sums under sequence parallelism."""
+    comm = SelfCommunicator()
+    comm.size = 2
+    model = Decoder(CONFIG, comm, sequence_parallel=True, sequence=8)
+    partial = [
+        {name for name, p in each.named_parameters() if hasattr(p, "tp_partial_grad")}
+        for each in (model, copy.deepcopy(model), copy.deepcopy(model).double())
+    ]
+    assert "layers.0.input_layernorm.weight" in partial[0] and partial[0] == partial[1] == partial[2]

@@ -23,6 +23,7 @@ def test_a_sequence(kind):
     parts = parts_of_sequence(layers, CUTS)
     assert torch.equal(through(parts, x), through(layers, x))
     assert [len(part) for part in parts] == [1, 2, 1] and parts[1][0] is layers[1]
+    assert [*parts[1].state_dict()] == ["1.weight", "1.bias", "2.weight", "2.bias"]
 
 
 @pytest.mark.parametrize("cuts", [[range(0, 2)], [range(0, 2), range(1, 4)], [range(1, 4)], [range(0, 4, 2)]])
@@ -49,6 +50,9 @@ def test_a_hugging_face_decoder():
     model.zero_grad()
     through(parts, ids).square().sum().backward()
     assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+    names = [[name for name, _ in part.named_parameters()] for part in parts]
+    assert sorted(sum(names, [])) == sorted(expected) and "model.layers.3.mlp.up_proj.weight" in names[2]
+    assert not any(m.training for part in parts for m in (part.eval(), part._model))
     held = [sum(p.numel() for p in part.parameters()) for part in parts]
     assert sum(held) == sum(p.numel() for p in model.parameters())
     assert len(model.model.layers) == 4 and model(ids).logits.shape == (2, 7, 50)  # the model is as it was

@@ -79,15 +79,17 @@ def one_process(stages: int, microbatches: int, compile: bool | str = False):
     return losses, [[p.grad for p in stage.parameters()] for stage in model]
 
 
-REST = [(2, 1), (2, 8), (3, 5), (4, 1), (4, 3)]
 WITH_BACKWARD = [name for name in SCHEDULES if name != "forward-only"]
+SIZES = [(2, 3), (2, 1), (2, 8), (3, 5), (4, 1), (4, 3), (4, 8)]
+EVERY = [(name, *size) for name in WITH_BACKWARD for size in SIZES]
+ALWAYS = [*((name, 2, 3) for name in WITH_BACKWARD), ("interleaved-1f1b", 4, 8), ("zb-v", 4, 8)]
 
 
 @pytest.mark.parametrize(
-    ("size", "microbatches"), [(2, 3), (4, 8), *(pytest.param(*each, marks=pytest.mark.full) for each in REST)]
+    ("schedule", "size", "microbatches"),
+    [pytest.param(*each, marks=[pytest.mark.full] * (each not in ALWAYS)) for each in EVERY],
 )
-@pytest.mark.parametrize("schedule", WITH_BACKWARD)
-def test_losses_and_gradients_are_those_of_one_process_bitwise(ranks, size, schedule, microbatches):
+def test_losses_and_gradients_are_those_of_one_process_bitwise(ranks, schedule, size, microbatches):
     check_bitwise(ranks, size, schedule, microbatches, {})
 
 

@@ -104,6 +104,7 @@ output = {{ run_dir = "{folder}/run" }}
 """
 
 
+@pytest.mark.full
 def test_hosts_of_two_ranks_share_memory_within_and_send_between(tmp_path):
     """`tpmp train` with ranks as torchrun starts them: tensor parallel on each host, the pipeline over both, proved."""
     (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog; " * 400)

@@ -69,7 +69,7 @@ def test_small_shapes_without_exception(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_number_of_ranks_is_within_its_memory(name):
-    for ranks in range(1, 65):
+    for ranks in (*range(1, 17), 24, 31, 32, 48, 64):
         sizes = {"ranks": ranks, "microbatches": 9 if ranks % 16 else 24}
         most, _ = carried_out(build(name, **sizes))
         assert all(live <= peak_live(name, rank, **sizes, chunks=2) for rank, live in enumerate(most))

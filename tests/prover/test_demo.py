@@ -66,6 +66,7 @@ def without_sums():
     return patch.object(Trainer, "_of_other_copy", lambda self, mine: torch.zeros_like(mine))
 
 
+@pytest.mark.full
 def test_copies_whose_gradients_are_not_added_are_found(ranks):
     report = ranks(4).run(run, without_sums)[0]
     assert ("embed_tokens", "gradients") in {(each.module, each.pass_) for each in report.differences}, report
@@ -85,6 +86,7 @@ def drift():
     return patch.object(Trainer, "step", drifting)
 
 
+@pytest.mark.full
 def test_copies_that_drift_apart_by_a_bit_are_found(ranks):
     (found,) = ranks(4).run(run, drift)[0].differences
     assert found.sentence.startswith(
@@ -99,6 +101,7 @@ def masks_of_the_first_tokens():
     )
 
 
+@pytest.mark.full
 def test_a_mask_that_is_not_this_ranks_is_found(ranks):
     config = replace(CONFIG, parallel=replace(CONFIG.parallel, tp=2, pp=1))
     first = ranks(2).run(run, masks_of_the_first_tokens, config)[0].first

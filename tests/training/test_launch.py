@@ -128,7 +128,7 @@ def test_killed_rank_ends_the_run_within_two_seconds(started):
     wait_for(lambda: not run.left_behind(segments), 5)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_interrupted(started, signum):
     run = started("reduce_forever")
     run.ranks()
@@ -158,7 +158,7 @@ def test_interrupted_with_a_stopped_rank(started):
     wait_for(lambda: not run.left_behind(set()), 5)
 
 
-@pytest.mark.parametrize("moment", ["fork server", "ranks"])
+@pytest.mark.parametrize("moment", ["fork server", pytest.param("ranks", marks=pytest.mark.full)])
 def test_interrupted_while_starting(started, moment):
     run = started("reduce_forever")
     if moment == "fork server":  # importing torch, as the launcher does

@@ -27,6 +27,7 @@ from tpmp_kernels.tensor_parallel import (
     Dropout,
     DropoutKey,
     RowParallelLinear,
+    ShardedModule,
     VocabParallelEmbedding,
     VocabParallelHead,
     column_linears,
@@ -35,7 +36,7 @@ from tpmp_kernels.tensor_parallel import (
 )
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(ShardedModule):
     def __init__(self, config: ModelConfig, comm: Communicator, *, sequence_parallel: bool, dtype=None, device=None):
         super().__init__()
         self.eps = config.norm_eps

@@ -4,7 +4,7 @@
     parts_of_decoder(LlamaForCausalLM(config), [range(0, 3), range(3, 6)])
 
 Our own decoder needs neither: models/decoder.py makes a part without the whole. Layers stay the same objects, so that a
-part trains the model's own parameters.
+part trains the model's own parameters, and keep their names: the state_dicts of all parts make up that of the model.
 """
 
 import copy
@@ -19,7 +19,7 @@ def parts_of_sequence(layers: nn.Sequential | Sequence[nn.Module], cuts: Sequenc
     ValueError where they leave a layer out or have one twice."""
     layers = list(layers)
     _check_cuts(cuts, len(layers))
-    return [nn.Sequential(*layers[cut.start : cut.stop]) for cut in cuts]
+    return [_numbered(nn.Sequential(), layers, cut) for cut in cuts]
 
 
 def parts_of_decoder(
@@ -44,7 +44,7 @@ def parts_of_decoder(
     _check_cuts(cuts, len(names[layers]))
     parts = []
     for number, cut in enumerate(cuts):
-        kept = {layers: nn.ModuleList(names[layers][cut.start : cut.stop])}
+        kept = {layers: _numbered(nn.ModuleList(), names[layers], cut)}
         kept |= {path: nn.Identity() for path in first if number > 0}
         kept |= {path: nn.Identity() for path in last if number < len(cuts) - 1}
         parts.append(_Part(_with(model, kept), takes_ids=number == 0))
@@ -52,13 +52,28 @@ def parts_of_decoder(
 
 
 class _Part(nn.Module):
+    """Calls `model`, whose parts are its own: not below a name, so that theirs are those of the whole model."""
+
     def __init__(self, model: nn.Module, *, takes_ids: bool):
         super().__init__()
-        self.model, self.takes_ids = model, takes_ids
+        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        self.takes_ids = takes_ids
+        object.__setattr__(self, "_model", model)  # not as a module of this one
+
+    def train(self, mode: bool = True) -> "_Part":
+        self._model.training = mode
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         given = {"input_ids" if self.takes_ids else "inputs_embeds": x}
-        return self.model(**given, use_cache=False).logits
+        return self._model(**given, use_cache=False).logits
+
+
+def _numbered(into: nn.Module, layers: Sequence[nn.Module], cut: range) -> nn.Module:
+    """With these layers in it, under their numbers in the whole."""
+    for number in cut:
+        into.add_module(str(number), layers[number])
+    return into
 
 
 def _with(module: nn.Module, replaced: dict[str, nn.Module]) -> nn.Module:
