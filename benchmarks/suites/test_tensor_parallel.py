@@ -1,9 +1,11 @@
 """A training step of benchmarks/peers/gpt.py's GPT on two ranks with one thread each, fp32 and AdamW: our layers,
 DTensor, Megatron-Core, and plain torch (and our layers) in one process with one thread.
 
-Every contender trains a model of its own that starts alike, on the same ranks, and they take turns; of one process
-rank 0 computes and the other waits. Memory is what one rank needs for parameters, gradients, optimizer state and
-activations at the peak of a step, each contender measured in processes of its own.
+Every contender trains a model of its own that starts alike, on the same ranks, and they take turns; of one process rank
+0 computes and the other waits. "one process, on each rank" is twice that work: both ranks step at once, each by itself,
+so that half of its time is the least that any way to share a step can take on these two cores. Memory is what one rank
+needs for parameters, gradients, optimizer state and activations at the peak of a step, each contender measured in
+processes of its own.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from tpmp_kernels.comm import SelfCommunicator, communicator
 
 SUITE = "tensor_parallel"
 CASE, PROGRAM = "GPT step 2 ranks", "4 layers, 4x256x512"
-OURS, ALONE, OURS_ALONE = "tpmp", "one process", "tpmp one process"
+OURS, ALONE, EACH, OURS_ALONE = "tpmp", "one process", "one process, on each rank", "tpmp one process"
 DTENSOR, DTENSOR_SHARDED, DTENSOR_OURS = "DTensor gloo", "DTensor gloo loss_parallel", "DTensor tpmp"
 MEGATRON = "Megatron-Core gloo"
 
@@ -78,6 +80,7 @@ CONTENDERS: dict[str, Callable[[argparse.Namespace], Step]] = {
     DTENSOR_OURS: functools.partial(dtensor, name="tpmp", group=tpmp_group),
     MEGATRON: megatron_layers.stepper,
     ALONE: functools.partial(alone, stepper=plain_torch),
+    EACH: plain_torch,
     OURS_ALONE: functools.partial(alone, stepper=lambda args: parallel_gpt.stepper(args, SelfCommunicator())),
 }
 

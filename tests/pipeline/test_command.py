@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from schedule_command import in_a_folder_of_its_own, refused, shown  # noqa: F401
 
 from tpmp_kernels import __main__ as tpmp
 from tpmp_kernels.pipeline.costs import Costs
@@ -24,29 +25,8 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 SIZES = ["--pp", "4", "--microbatches", "8"]
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-
-
-def shown(capsys, *argv: str) -> str:
-    assert tpmp.main(["schedule", *argv]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    return out
-
-
 def as_json(capsys, *argv: str) -> dict:
     return json.loads(shown(capsys, *argv, "--json"))
-
-
-def refused(capsys, *argv: str) -> str:
-    """The sentence without its prefix."""
-    assert tpmp.main(["schedule", *argv]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("tpmp schedule: ") and err.count("\n") == 1 and len(err) < 400, err
-    return err.removeprefix("tpmp schedule: ").rstrip("\n")
 
 
 # What it shows ---------------------------------------------------------------------------------------------------
