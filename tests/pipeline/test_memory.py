@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch import nn
 
 from tpmp_kernels import ops
-from tpmp_kernels.comm import communicator
+from tpmp_kernels.comm import SelfCommunicator, communicator
+from tpmp_kernels.models import Decoder, ModelConfig, initialize
 from tpmp_kernels.pipeline.lowering import lower
 from tpmp_kernels.pipeline.memory import held_bytes, predict_bytes
 from tpmp_kernels.pipeline.runtime import Runtime
@@ -69,6 +70,34 @@ def test_the_peak_of_every_schedule_is_the_predicted_one(ranks, name, size, reco
         more = max(levels) - max(expected)
         assert 0 <= more <= min(0.1 * max(expected), 2 * MESSAGE)
         assert levels[-1] <= 2 * MESSAGE and expected[-1] == 0
+
+
+def run_decoder(name: str):
+    """The same of the decoder, with dropout, an embedding in the first stage and head and loss in the last."""
+    tokens = torch.arange(2 * 48).view(2, 48) % 64
+    with communicator(dist.group.WORLD, name="pp") as comm:
+        plan = build(name, ranks=comm.size, microbatches=MICROBATCHES)
+        config = ModelConfig(vocab_size=64, hidden=WIDTH, layers=plan.stages, heads=4, kv_heads=2, ffn=48, dropout=0.1)
+        parts = [Decoder(config, SelfCommunicator(), range(n, n + 1), dropout_seed=1) for n in range(plan.stages)]
+        for part in parts:
+            initialize(part, seed=0, layers=plan.stages)
+        stages = [Stage(part, loss=part.loss if part.last else None, numbered=True) for part in parts]
+        received = torch.randn(*tokens.shape, WIDTH).requires_grad_()
+        held = [
+            held_bytes(s, received if n else tokens, tokens if s.loss else None, step=0) for n, s in enumerate(stages)
+        ]
+        mine = {n: stage for n, stage in enumerate(stages) if plan.placement[n] == comm.rank}
+        runtime = Runtime(plan, mine, comm, shape=received.shape, dtype=torch.float32, measure_memory=True)
+        return held, runtime.step([tokens] * MICROBATCHES, [tokens] * MICROBATCHES, step=0).live_bytes
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-v"])
+def test_of_a_decoder_too(ranks, name):
+    results = ranks(2).run(run_decoder, name)
+    lowered = lower(build(name, ranks=2, microbatches=MICROBATCHES))
+    predicted = predict_bytes(lowered, results[0][0], message=4 * 2 * 48 * WIDTH)
+    for (_, levels), expected in zip(results, predicted, strict=True):
+        assert max(levels) == pytest.approx(max(expected), rel=0.1)
 
 
 class Bare(nn.Linear):

@@ -64,15 +64,15 @@ class Held(NamedTuple):
     waiting: int
 
 
-def held_bytes(stage: Stage, x: Tensor, target: Tensor | None = None) -> Held:
+def held_bytes(stage: Stage, x: Tensor, target: Tensor | None = None, *, step: int | None = None) -> Held:
     """Of one microbatch, in a short profile of the real stage.
 
-    x, target: as in a step; an x that requires grad stands for a received one, which counts. Two passes, of which the
-    first allocates what the parameters keep for good. Adds to gradients.
+    x, target, step: as in a step; an x that requires grad stands for a received one, which counts. Two passes, of
+    which the first allocates what the parameters keep for good. Adds to gradients.
     """
     for _ in range(2):
         with Meter(True) as meter:
-            output = stage.forward(0, x.detach().clone().requires_grad_() if x.requires_grad else x, target)
+            output = stage.forward(0, x.detach().clone().requires_grad_() if x.requires_grad else x, target, step)
             grad = torch.ones_like(output) if stage.loss is None else None
             del output
             activation = meter.live_bytes() - (0 if grad is None else grad.nbytes)
@@ -111,10 +111,6 @@ def predict_bytes(lowered: Lowered, held: Sequence[Held], *, message: int) -> li
             row.append(level)
         levels.append(row)
     return levels
-
-
-def _bytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.untyped_storage().nbytes()
 
 
 def _tensors(values: object) -> Iterable[Tensor]:
