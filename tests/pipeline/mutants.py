@@ -37,7 +37,8 @@ class _Run:
         self.open_group = [(0, []) for _ in ranks]  # posts still to come, keys so far
         self.joint = [[] for _ in ranks]  # what a joint step still has to compute
         self.sends, self.receives = defaultdict(list), defaultdict(list)
-        self.gradients = defaultdict(list)
+        # By stage, in the order in which they add up: those of norms and embeddings in B, the rest in W.
+        self.gradients, self.gradients_of_b = defaultdict(list), defaultdict(list)
         self.losses = defaultdict(int)
 
     def finish(self) -> None:
@@ -53,7 +54,8 @@ class _Run:
             raise Wrong("values that nobody consumed")
         all_microbatches = list(range(self.schedule.microbatches))
         for stage in range(self.schedule.stages):
-            if self.schedule.backward and self.gradients[stage] != all_microbatches:
+            both = self.gradients[stage], self.gradients_of_b[stage]
+            if self.schedule.backward and any(each != all_microbatches for each in both):
                 raise Wrong("gradients")
         if any(self.losses[i] != 1 for i in all_microbatches) or len(self.losses) != len(all_microbatches):
             raise Wrong("losses")
@@ -109,6 +111,7 @@ class _Run:
                 self._take(rank, f"B{stage + 1}.{i}", f"B{stage + 1}.{i}")
             self._take(rank, f"saved{stage}.{i}", "x")
             self._put(rank, f"delta{stage}.{i}", "dy")
+            self.gradients_of_b[stage].append(i)
             if stage > 0:
                 self._put(rank, f"B{stage}.{i}", f"B{stage}.{i}")
         if kind in ("W", "BW"):

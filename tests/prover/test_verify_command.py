@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -76,9 +78,9 @@ def test_help_and_refusals_load_no_torch():
 class Run:
     """The command in a session of its own, its processes and its temporary files in view."""
 
-    def __init__(self, folder: Path, *command: str):
-        self.mark, self.temp = str(uuid.uuid4()), folder / "temp"
-        self.temp.mkdir()
+    def __init__(self, *command: str):
+        # Not pytest's: with it the sockets in there would have longer names than Linux allows.
+        self.mark, self.temp = str(uuid.uuid4()), Path(tempfile.mkdtemp(prefix="tpmp-"))
         self.process = subprocess.Popen(
             [sys.executable, *command],
             env={**os.environ, "TPMP_TEST": self.mark, "TMPDIR": str(self.temp), "OMP_NUM_THREADS": "1"},
@@ -121,16 +123,17 @@ def _text(path: Path) -> str:
 
 
 @pytest.fixture
-def started(tmp_path):
+def started():
     runs = []
 
     def start(*command: str) -> Run:
-        runs.append(Run(tmp_path, *command))
+        runs.append(Run(*command))
         return runs[-1]
 
     yield start
     for run in runs:
         run.kill()
+        shutil.rmtree(run.temp)
 
 
 QUICK = ("--quick", "--pp", "1", "--microbatches", "2")
