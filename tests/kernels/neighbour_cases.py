@@ -53,8 +53,8 @@ def within(named: dict):
 
 
 def assert_written(buffers: list[torch.Tensor], count: int) -> None:
-    finite = sum(int(buffer.isfinite().sum()) for buffer in buffers)
-    assert finite == count, f"{finite} elements written, expected {count}"
+    written = sum(int(buffer.isnan().logical_not().sum()) for buffer in buffers)  # an infinity may be right
+    assert written == count, f"{written} elements written, expected {count}"
 
 
 def rows_and_block(d: Draw, n: int, widest: int):
