@@ -13,7 +13,8 @@ def stats(loss: float) -> StepStats:
 
 def test_the_live_line_shows_every_figure(tmp_path):
     line = Metrics(tmp_path, tokens_per_step=1000).line(9, 200, stats(2.5))
-    for figure in ("step    10/200", "loss 2.5000", "grad norm   1.000", "2,000 tokens/s", "25.0%", "12.5%"):
+    shares = "exposed comm 25.0%", "bubble 12.5% (transfer 6.2%)"
+    for figure in ("step    10/200", "loss 2.5000", "grad norm   1.000", "2,000 tokens/s", *shares):
         assert figure in line
 
 

@@ -13,7 +13,7 @@
     command.py     `tpmp schedule`, with its options.py and summary.py
     stage.py       a module and what it remembers of each microbatch between forward and weight gradient
     channels.py    what crosses stage borders
-    memory.py      counts what a pass holds
+    memory.py      counts what a pass holds, and predicts it
     runtime.py     the one loop that executes a schedule
     parts.py       modules for stages out of a whole model
     measured.py    a pass that ran, in the simulator's format
