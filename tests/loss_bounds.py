@@ -21,7 +21,7 @@ def _capped(z: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
 def statistics_bounds(
     z: Tensor, target: Tensor, first: int, softcap: float | None, *, steps: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """(oracle, bound), [M] each, of peak, others, target's logit and the sum of the logits, made in `steps` pieces."""
+    """(oracle, bound), [M] each, of peak, others, target's logit and shortfall, made in `steps` pieces."""
     z, off, _ = _capped(z.double(), softcap)
     n, is_target = z.shape[1], torch.arange(first, first + z.shape[1], device=z.device) == target[:, None]
     peak = z.amax(1)
@@ -30,12 +30,13 @@ def statistics_bounds(
     # exp(x) is off by |x| and its own units; each new peak rescales the sum.
     spread = z.amax(1) - z.amin(1)
     relative = (4 * spread + n + 8 * steps + 16) * _U + 2 * off.amax(1)
+    shortfall = (peak[:, None] - z).sum(1)
     target_logit = z.masked_fill(~is_target, 0).sum(1)
     return [
         (peak, off.amax(1)),
         (others, relative * others + n * torch.finfo(torch.float32).smallest_normal),
         (target_logit, off.masked_fill(~is_target, 0).sum(1)),
-        (z.sum(1), off.sum(1) + n * _U * z.abs().sum(1)),
+        (shortfall, (n + 4 * steps + 4) * _U * shortfall + off.sum(1) + n * off.amax(1)),
     ]
 
 

@@ -34,16 +34,16 @@ def check_loss_statistics(seed: int, dtype: torch.dtype) -> None:
 
     d = Draw(seed, dtype)
     z, target, first, softcap, block = piece(d)
-    (m, n), logit_sum = z.shape, d.chance()
+    (m, n), smooth = z.shape, d.chance()
     found, buffer = poisoned_output(4, m, FLOAT)
-    named = kernel.statistics_arguments(poisoned(d.rng, z), target, found, first, softcap, logit_sum)
+    named = kernel.statistics_arguments(poisoned(d.rng, z), target, found, first, softcap, smooth)
     named = blocked(named, block)
     with within(named):
         kernel.statistics_kernel[(-(-m // named["BLOCK_M"]),)](**named)
     bounds = statistics_bounds(z, target, first, softcap, steps=-(-n // named["BLOCK_N"]))
-    for got, (oracle, bound) in zip(found, bounds if logit_sum else bounds[:3], strict=logit_sum):
+    for got, (oracle, bound) in zip(found, bounds if smooth else bounds[:3], strict=smooth):
         assert_within(got, oracle, bound)
-    assert logit_sum or not found[3].any()
+    assert smooth or not found[3].any()
     assert_written([buffer], 4 * m)
 
 
@@ -82,7 +82,7 @@ def check_loss_empty(dtype: torch.dtype) -> None:
         z, row, target = torch.ones(m, n, dtype=dtype), torch.ones(m), torch.ones(m, dtype=torch.int64)
         kernel.gradient(z, z, target, 0, row, row, row, row, None, softcap=2.0)
         if m == 0:
-            assert kernel.statistics(z, target, 0, None, logit_sum=True).shape == (4, 0)
+            assert kernel.statistics(z, target, 0, None, shortfall=True).shape == (4, 0)
 
 
 @case
@@ -93,10 +93,11 @@ def loss_of_extreme_logits() -> None:
     low, inf, lowest = -1e4, float("inf"), torch.finfo(FLOAT).min
     z = torch.tensor([[-inf] * 3, [1.0, -inf, 1.0], [-low, low, low], [low, low, low], [0.0, float("nan"), 0.0]])
     target = torch.tensor([7, 1, 0, 2, 0])
-    peak, others, target_logit, logit_sum = kernel.statistics(z, target, 0, None, logit_sum=True)
+    peak, others, target_logit, shortfall = kernel.statistics(z, target, 0, None, shortfall=True)
     assert peak[:4].tolist() == [lowest, 1.0, -low, low]
     assert others.isnan().tolist() == [False] * 4 + [True] and others[:4].tolist() == [0.0, 2.0, 0.0, 2.0]
-    assert target_logit[:4].tolist() == [0.0, -inf, -low, low] and logit_sum[:2].tolist() == [-inf, -inf]
+    assert target_logit[:4].tolist() == [0.0, -inf, -low, low]
+    assert shortfall[:4].tolist() == [inf, inf, 4e4, 0.0]
     one = torch.ones(5)
     out = torch.empty(5, 3)
     kernel.gradient(z, out, target, 0, peak, one, one, one, None, softcap=None)
@@ -111,7 +112,7 @@ def loss_launches_of_several_blocks() -> None:
 
     generator = torch.Generator().manual_seed(1)
     z, target = torch.randn(5, 1030, generator=generator), torch.tensor([0, 1029, 1024, 1023, 7])
-    found = kernel.statistics(z, target, 0, None, logit_sum=True)
+    found = kernel.statistics(z, target, 0, None, shortfall=True)
     for got, (oracle, bound) in zip(found, statistics_bounds(z, target, 0, None, steps=2), strict=True):
         assert_within(got, oracle, bound)
     rows, out = [found[0], *torch.randn(4, 5, generator=generator)], torch.full_like(z, torch.nan)

@@ -39,13 +39,13 @@ STATISTICS = list(itertools.product(DTYPES, SIZES, (None, 30.0), (False, True), 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "n", "softcap", "logit_sum", "adjacent", "first"),
+    ("dtype", "n", "softcap", "shortfall", "adjacent", "first"),
     marked(STATISTICS, [("fp32", 4099, 30.0, True, COLUMNS, "first 64 bits")]),
 )
-def test_aot_loss_statistics(dtype, n, softcap, logit_sum, adjacent, first):
+def test_aot_loss_statistics(dtype, n, softcap, shortfall, adjacent, first):
     z, target = logits(dtype, n, adjacent), empty(TOKENS, dtype=torch.int64)
     found = empty(4, TOKENS, dtype=torch.float32)
-    named = cross_entropy.statistics_arguments(z, target, found, FIRST[first], softcap, logit_sum)
+    named = cross_entropy.statistics_arguments(z, target, found, FIRST[first], softcap, shortfall)
     assert_no_spill(build(cross_entropy.statistics_kernel, named))
 
 

@@ -61,7 +61,7 @@ def test_cuda_loss_kernels_are_within_their_bounds(dtype, softcap, shape):
     target[::5] = -100
     scale, target_scale, truth, shift = (drawn(m, seed=s).float().to(DEVICE) for s in (3, 4, 5, 6))
     for logits in (z.t(), z.t().contiguous()):
-        found, again = (kernel.statistics(logits, target, first, softcap, logit_sum=True) for _ in range(2))
+        found, again = (kernel.statistics(logits, target, first, softcap, shortfall=True) for _ in range(2))
         assert torch.equal(found, again)
         if m:
             bounds = statistics_bounds(logits, target, first, softcap, steps=-(-n // kernel.STATISTICS_BLOCK[1]))

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from bounds import UNIT, assert_no_worse_than_torch, assert_within, gamma
 from loss_oracle import FORMS, OF_FEATURES, drawn, exact, ids, inputs_of, measured, of_logits, of_torch, small_cuts
+from loss_shards import on_each_rank
 
+from tpmp_kernels import ops
 from tpmp_kernels.ops import vocab_products, vocab_slices
 
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
@@ -70,6 +72,26 @@ def test_error_is_at_most_twice_that_of_torch_and_a_rounding(monkeypatch, form, 
             for got, other, oracle in zip(ours, theirs, truth, strict=True):
                 assert got.isfinite().all()
                 assert_no_worse_than_torch(got, other, oracle, UNIT[(other if fast else got).dtype], least=1)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("cuts", [nullcontext, small_cuts])
+def test_a_smoothed_loss_does_not_depend_on_how_large_all_logits_are(cuts, ranks):
+    """The same bits for z and z + 2^20, both exact in fp32, in whatever pieces; sum(z) would leave two digits."""
+    z, target = torch.randint(-9, 9, (6, 29), generator=torch.Generator().manual_seed(1)).float(), ids(6, classes=29)
+
+    def loss(z):
+        def run(group):
+            start, stop = (29 * (group.rank + i) // ranks for i in (0, 1))
+            where = {"group": group, "vocab_start": start, "vocab_size": 29}
+            return ops.cross_entropy(z[:, start:stop], target, label_smoothing=0.3, reduction="none", **where)
+
+        return on_each_rank(ranks, run)
+
+    with cuts():
+        for got, shifted in zip(loss(z), loss(z + 2.0**20), strict=True):
+            assert torch.equal(got, shifted)
+            assert (got - of_logits(z, target, 1.0, label_smoothing=0.3, reduction="none")[0]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("form", OF_FEATURES)

@@ -1,9 +1,9 @@
 """The two passes of a loss over logits: the statistics of each row, and the gradient from them.
 
 Statistics are four numbers a row: peak = max z, others = sum exp(z - peak) but for the target, the target's logit (0
-where it is not among these columns) and, if asked for, the sum of the logits. Both kernels take any piece of columns,
-the ids from `first` on, and cap the logits to cap tanh(z / cap) where there is a cap. A program owns whole rows: no
-atomics, the same bits on every run. What is computed from the statistics is in ops/vocab.py.
+where it is not among these columns) and, if asked for, the shortfall sum(peak - z). Both kernels take any piece of
+columns, the ids from `first` on, and cap the logits to cap tanh(z / cap) where there is a cap. A program owns whole
+rows: no atomics, the same bits on every run. What is computed from the statistics is in ops/vocab.py.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def statistics_kernel(
     m, n, first,
     z_stride_m, z_stride_n,
     SOFTCAP: tl.constexpr,
-    LOGIT_SUM: tl.constexpr,
+    SHORTFALL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,7 @@ def statistics_kernel(
     peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
     others = tl.zeros((BLOCK_M,), tl.float32)
     target_logit = tl.zeros((BLOCK_M,), tl.float32)
-    logit_sum = tl.zeros((BLOCK_M,), tl.float32)
+    shortfall = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, n, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (rows < m)[:, None] & (cols < n)[None, :]
@@ -44,10 +44,12 @@ def statistics_kernel(
             logits, _ = _capped(logits, SOFTCAP)
         is_target = mask & (cols[None, :] == place[:, None])
         target_logit += tl.sum(tl.where(is_target, logits, 0.0), axis=1)
-        if LOGIT_SUM:
-            logit_sum += tl.sum(tl.where(mask, logits, 0.0), axis=1)
         logits = tl.where(mask, logits, -float("inf"))
         higher = tl.maximum(peak, tl.max(logits, axis=1))
+        if SHORTFALL:
+            # Before the first column there is no peak that the others could have risen from.
+            risen = tl.where(start > 0, higher - peak, 0.0)
+            shortfall += start * risen + tl.sum(tl.where(mask, higher[:, None] - logits, 0.0), axis=1)
         exponentials = tl.where(is_target, 0.0, tl.exp(logits - higher[:, None]))
         others = others * tl.exp(peak - higher) + tl.sum(exponentials, axis=1)
         peak = higher
@@ -55,7 +57,7 @@ def statistics_kernel(
     tl.store(found + rows, peak, mask=rows < m)
     tl.store(found + rows_of + rows, others, mask=rows < m)
     tl.store(found + 2 * rows_of + rows, target_logit, mask=rows < m)
-    tl.store(found + 3 * rows_of + rows, logit_sum, mask=rows < m)
+    tl.store(found + 3 * rows_of + rows, shortfall, mask=rows < m)
 
 
 @triton.jit(do_not_specialize=["m", "first"])
@@ -108,14 +110,14 @@ def _capped(z, SOFTCAP: tl.constexpr):
     return SOFTCAP * tanh, 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
-def statistics(z: Tensor, target: Tensor, first: int, softcap: float | None, *, logit_sum: bool) -> Tensor:
-    """[4, M] in fp32: peak, others, target's logit and, if `logit_sum`, the sum of the logits (else 0) of each row.
+def statistics(z: Tensor, target: Tensor, first: int, softcap: float | None, *, shortfall: bool) -> Tensor:
+    """[4, M] in fp32: peak, others, target's logit and the shortfall, 0 if it is not asked for, of each row.
 
     z [M, N], the logits of the ids first .. first + N - 1, fp32, fp16 or bf16, any strides; target [M] int64.
     """
     found = torch.empty(4, z.shape[0], dtype=torch.float32, device=z.device)
     if z.shape[0] > 0:
-        named = statistics_arguments(z, target.contiguous(), found, first, softcap, logit_sum)
+        named = statistics_arguments(z, target.contiguous(), found, first, softcap, shortfall)
         _launch(statistics_kernel, named, (triton.cdiv(named["m"], named["BLOCK_M"]),))
     return found
 
@@ -145,10 +147,10 @@ def gradient(
 
 
 def statistics_arguments(
-    z: Tensor, target: Tensor, found: Tensor, first: int, softcap: float | None, logit_sum: bool
+    z: Tensor, target: Tensor, found: Tensor, first: int, softcap: float | None, shortfall: bool
 ) -> dict[str, Any]:
     """Every argument of `statistics_kernel` by name, as a launch passes them and as aot.compile takes them."""
-    return _common(z, target, first, softcap, STATISTICS_BLOCK) | {"found": found, "LOGIT_SUM": logit_sum}
+    return _common(z, target, first, softcap, STATISTICS_BLOCK) | {"found": found, "SHORTFALL": shortfall}
 
 
 def gradient_arguments(

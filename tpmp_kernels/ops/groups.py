@@ -13,8 +13,9 @@ from torch import Tensor
 _HANDLE = "_tpmp_ops_handle"
 _numbers = itertools.count(1)
 _groups: dict[int, weakref.ref] = {}
-# (handle, layout) of calls whose ranks were found to agree: on CUDA, reading what the others sent waits for the GPU.
-_agreed: set[tuple] = set()
+# The layouts of all ranks, by (handle, own layout), of calls whose ranks were found to agree: on CUDA, reading what the
+# others sent waits for the GPU.
+_agreed: dict[tuple, list] = {}
 
 
 def handle(group: Any) -> int:
@@ -66,23 +67,27 @@ def all_reduce(tensor: Tensor, number: int, tag: str) -> Tensor:
     return tensor
 
 
-def all_gather(op: str, values: Tensor, layout: tuple[int, int, int, int], number: int) -> list[Tensor]:
-    """The `values` of every rank in one message, along with its layout: start, rows, vocab_size, checksum of options.
+def all_gather(
+    op: str, values: Tensor, layout: tuple[int, int, int, int], number: int
+) -> tuple[list[Tensor], list[tuple[int, int, int, int]]]:
+    """The `values` and the layout (start, rows, vocab_size, checksum of options) of every rank, in one message.
 
     ValueError, in the same words on every rank, unless the layouts describe one loss over one vocabulary.
     """
     group = find(number)
     if group is None:
-        return [values]
+        return [values], [layout]
     header = torch.tensor(layout, dtype=torch.int64, device=values.device).view(values.dtype)
     message = torch.cat([values.reshape(-1), header])
     messages = message.new_empty(group.size, message.numel())
     group.all_gather(messages, message, tag=f"{op}.statistics")
-    if not values.is_cuda or (number, layout) not in _agreed:
-        check_layouts(op, messages[:, values.numel() :].contiguous().view(torch.int64).tolist())
+    layouts = _agreed.get((number, layout)) if values.is_cuda else None
+    if layouts is None:
+        layouts = [tuple(each) for each in messages[:, values.numel() :].contiguous().view(torch.int64).tolist()]
+        check_layouts(op, layouts)
         if values.is_cuda:
-            _agreed.add((number, layout))
-    return [each[: values.numel()].view(values.shape) for each in messages]
+            _agreed[number, layout] = layouts
+    return [each[: values.numel()].view(values.shape) for each in messages], layouts
 
 
 def check_layouts(op: str, layouts: list) -> None:

@@ -1,18 +1,19 @@
 """What both losses share: their options, the statistics of logits that come in pieces, the loss and the gradient.
 
     peak = max z    others = sum exp(z - peak) but for the target    total = others + exp(z_target - peak)
-    lse  = peak + log(total)    p = exp(z - peak) / total
-    loss = (1 - a) (lse - z_target) + a (lse - sum(z) / V) + c lse^2
+    lse  = peak + log(total)    p = exp(z - peak) / total    shortfall = sum(peak - z)
+    loss = (1 - a) (lse - z_target) + a (log(total) + shortfall / V) + c lse^2
     d    = g [(1 - a) (p - onehot) + a (p - 1 / V) + 2 c lse p]
 
 a is label_smoothing, c z_loss, V the number of classes, g the upstream gradient of the token. peak and log(total) are
-never added before something is subtracted: at logits of 1e4 their fp32 sum would be wrong in the fourth digit. Nor is
-p - 1 of the target, -others / total: from a p within 1e-8 of 1, fp32 would make 0 of loss and gradient.
+never added before something is subtracted: at logits of 1e4 their fp32 sum would be wrong in the fourth digit, and so
+would sum(z); of the shortfall, nothing is ever subtracted. Nor is p - 1 of the target, -others / total: from a p within
+1e-8 of 1, fp32 would make 0 of loss and gradient.
 """
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -122,9 +123,10 @@ def check_target(op: str, target: Tensor, loss: Loss) -> None:
 
 
 class Statistics:
-    """Peak, others, target's logit and sum of the logits of each token, [4, T], added up piece by piece of the row.
+    """Peak, others, target's logit and shortfall of each token, [4, T], added up piece by piece of the row.
 
-    A token whose target is elsewhere has 0 for its target's logit, so that these add up over pieces and ranks.
+    A token whose target is elsewhere has 0 for its target's logit, so that these add up over pieces and ranks; the
+    shortfall is 0 unless labels are smoothed.
     """
 
     def __init__(self, target: Tensor, dtype: torch.dtype, loss: Loss):
@@ -132,7 +134,7 @@ class Statistics:
         # A row without any column: the lowest number instead of -inf, from which nothing could be subtracted.
         empty = torch.zeros(4, target.numel(), dtype=dtype, device=target.device)
         empty[0] = torch.finfo(dtype).min
-        self.pieces = [empty]
+        self.pieces, self.widths = [empty], [0]
 
     def add(self, z: Tensor, first: int) -> None:
         """z [T, C] are the logits of the ids first .. first + C - 1."""
@@ -140,10 +142,12 @@ class Statistics:
             from tpmp_kernels.kernels import cross_entropy as kernel
 
             smooth = self.loss.label_smoothing > 0
-            self.pieces.append(kernel.statistics(z, self.target, first, self.loss.softcap, logit_sum=smooth))
+            self.pieces.append(kernel.statistics(z, self.target, first, self.loss.softcap, shortfall=smooth))
+            self.widths.append(z.shape[1])
             return
         for columns, tiles in _tiles(z):
             self.pieces.append(self._of(z[:, columns], first + columns.start, tiles))
+            self.widths.append(columns.stop - columns.start)
 
     def _of(self, z: Tensor, first: int, tiles: list[slice]) -> Tensor:
         found = torch.zeros(4, z.shape[0], dtype=self.dtype, device=z.device)
@@ -153,34 +157,44 @@ class Statistics:
             work = scratch[: rows.stop - rows.start].copy_(z[rows])
             _cap_(work, self.loss.softcap, slope=False)
             peak = found[0, rows] = work.amax(1).clamp_(min=torch.finfo(self.dtype).min)
-            if self.loss.label_smoothing > 0:
-                found[3, rows] = work.sum(1)
             logit = work.gather(1, place[rows]).squeeze(1)
             found[2, rows] = logit.masked_fill(~owned[rows], 0)
-            work.scatter_(1, place[rows], logit.masked_fill_(owned[rows], -torch.inf).unsqueeze(1))
-            found[1, rows] = work.sub_(peak.unsqueeze(1)).exp_().sum(1)
+            work.sub_(peak.unsqueeze(1))
+            if self.loss.label_smoothing > 0:
+                found[3, rows] = work.sum(1).neg_()
+            work.scatter_(1, place[rows], logit.sub_(peak).masked_fill_(owned[rows], -torch.inf).unsqueeze(1))
+            found[1, rows] = work.exp_().sum(1)
         return found
 
     def local(self) -> Tensor:
         """Of this rank's columns."""
-        return _combine(torch.stack(self.pieces)) if len(self.pieces) > 1 else self.pieces[0]
+        return _combine(self.pieces, self.widths)
 
     def whole(self, op: str, columns: int, grad_scale: float | None = None) -> Tensor:
         """Of the columns of all ranks, the same bits on each: adjacent ranks are combined, the odd one moves up."""
         loss = self.loss
         layout = (loss.start, columns, loss.vocab_size, loss.checksum(grad_scale))
-        parts = groups.all_gather(op, self.local(), layout, loss.group)
+        parts, layouts = groups.all_gather(op, self.local(), layout, loss.group)
+        widths = [replace(loss, start=start).classes(rows) for start, rows, *_ in layouts]
         while len(parts) > 1:
-            pairs = [_combine(torch.stack(pair)) for pair in zip(parts[::2], parts[1::2], strict=False)]
-            parts = pairs + parts[2 * len(pairs) :]
+            pairs = range(0, len(parts), 2)
+            parts = [_combine(parts[i : i + 2], widths[i : i + 2]) for i in pairs]
+            widths = [sum(widths[i : i + 2]) for i in pairs]
         return parts[0]
 
 
-def _combine(parts: Tensor) -> Tensor:
-    """[P, 4, T] -> [4, T]."""
-    peak = parts[:, 0].amax(0)
-    others = (parts[:, 1] * (parts[:, 0] - peak).exp_()).sum(0)
-    return torch.cat([torch.stack([peak, others]), parts[:, 2:].sum(0)])
+def _combine(parts: list[Tensor], widths: list[int]) -> Tensor:
+    """The statistics [4, T] of pieces of so many columns -> [4, T]."""
+    if len(parts) == 1:
+        return parts[0]
+    stacked = torch.stack(parts)
+    peak = stacked[:, 0].amax(0)
+    behind = peak - stacked[:, 0]
+    others = (stacked[:, 1] * behind.neg().exp_()).sum(0)
+    # The peak of a piece without columns is no number to take a shortfall from.
+    filled = [torch.add(part[3], gap, alpha=n) for part, gap, n in zip(parts, behind, widths, strict=True) if n > 0]
+    shortfall = torch.stack(filled).sum(0) if filled else torch.zeros_like(peak)
+    return torch.stack([peak, others, stacked[:, 2].sum(0), shortfall])
 
 
 def _tiles(z: Tensor) -> Iterator[tuple[slice, list[slice]]]:
@@ -220,12 +234,12 @@ def _cap_(z: Tensor, softcap: float | None, *, slope: bool = True) -> Tensor | N
 
 def losses(statistics: Tensor, target: Tensor, loss: Loss) -> Tensor:
     """The loss of each token, [T], from the statistics of its whole row; 0 where the target is ignored."""
-    peak, others, _, logit_sum = statistics
+    peak, others, _, shortfall = statistics
     behind, a = _behind(statistics), loss.label_smoothing
     log_total = (others + (-behind).expm1_()).log1p_()
     each = behind + log_total
     if a > 0:
-        each = (1 - a) * each + a * (peak - logit_sum / loss.vocab_size + log_total)
+        each = (1 - a) * each + a * (log_total + shortfall / loss.vocab_size)
     if loss.z_loss > 0:
         each = each + loss.z_loss * (peak + log_total).square()
     return each.masked_fill(target == loss.ignore_index, 0)
