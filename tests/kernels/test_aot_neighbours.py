@@ -16,7 +16,7 @@ from tpmp_kernels.kernels import aot, glu, norms, rope, square_sum
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = 4096
 # One of each block: many rows, one row in 4 and in 16 warps, steps; and a width of no alignment.
-WIDTHS = (1, 128, 4096, 8192, 16384, 20480, 127, 4095, 4099, 8191, 16381)
+WIDTHS = (1, 128, 4096, 8192, 16384, 20480, 127, 2047, 4095, 4099, 8191, 16381)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> torch.Tensor | None:
@@ -53,6 +53,7 @@ HARDEST = [
     (compile_norm, "fp32", 16384, True, "layer_norm"),
     (compile_norm_backward, "fp32", 8192, True, "layer_norm"),
     (compile_norm_backward, "bf16", 20480, True, "layer_norm"),
+    (compile_norm_backward, "bf16", 127, True, "rms_norm"),
 ]
 SAMPLE = HARDEST
 

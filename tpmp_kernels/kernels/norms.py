@@ -39,7 +39,8 @@ def block(n: int, widest: int) -> Block:
     if n > (widest // 2 if ragged else widest):
         return Block(4 if ragged else 16, 512, False, 8)
     columns = max(16, triton.next_power_of_2(n))
-    return Block(max(1, min(64, 4096 // columns)), columns, True, min(16, max(4, columns // 512)))
+    elements = 1024 if ragged else 4096
+    return Block(max(1, min(64, elements // columns)), columns, True, min(16, max(4, columns // 512)))
 
 
 @triton.jit(do_not_specialize=["m"])
