@@ -29,7 +29,8 @@ demo: venv  ## train a small language model with tp=2 x pp=2 on four processes, 
 # What is about deaths and deadlines has the machine for itself; all else runs on two workers.
 TIMED := tests/comm tests/training/test_launch.py tests/test_bench_comm.py tests/pipeline/test_two_hosts.py tests/pipeline/test_prediction.py \
     tests/pipeline/test_validate.py
-TWO := -n 2 --dist loadfile $(TIMED:%=--ignore=%)
+# By file, those that take long and are few in a file first.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder tests/training $(TIMED:%=--ignore=%)
 
 test: venv  ## the tests, at most 6 minutes: a seeded sample of every large grid
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not gpu and not full' $(TWO) tests

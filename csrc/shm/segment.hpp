@@ -26,6 +26,7 @@ constexpr uint64_t kMagic = 0x746e656d67655354;
 constexpr int kMaxWorld = 64;
 constexpr int kOpRecords = 64;   // last operations kept of each rank
 constexpr int kCollectiveSlots = 4;  // rounds.cpp says why
+constexpr int kLandings = 8;         // posted receives of an ordered pair that the sender sees
 constexpr size_t kTagBytes = 64;
 constexpr size_t kTextBytes = 6144;
 
@@ -97,19 +98,29 @@ struct alignas(kLine) SlotHeader {
   uint32_t crc;               // for integrity checking
   uint32_t tag_bytes;
   char tag[kTagBytes];        // its beginning, for messages
-  uint64_t lent;              // 0, or 1 + the offset in its rank's heap where the data lies instead of here
+  uint64_t lent;              // 0, or 1 + the offset in its rank's heap where the data lies instead of here, or kPut
   uint64_t rounds;            // that this rank needs, where only all together know how many there are
   uint64_t reserved[6];
   char* payload() { return reinterpret_cast<char*>(this + 1); }
+};
+
+constexpr uint64_t kPut = ~uint64_t{0};  // the data stands in the receiver's buffer already
+
+// A posted receive whose buffer lies in the receiver's heap, where the sender may put the whole message.
+struct Landing {
+  std::atomic<uint64_t> message;  // its number in the pair: stored with release when the rest stands
+  uint64_t place, bytes;          // offset in the heap
+  uint64_t fingerprint;
 };
 
 struct alignas(kLine) PairControl {
   std::atomic<uint64_t> consumed;  // pieces that the receiver has taken: the sender's credit
   std::atomic<uint64_t> sends, recvs;  // posted so far, by the sender and by the receiver
   uint64_t reserved[5];
+  Landing landings[kLandings];     // by message number
 };
 
-static_assert(sizeof(SlotHeader) == 192 && sizeof(OpRecord) == 128 && sizeof(PairControl) == 64);
+static_assert(sizeof(SlotHeader) == 192 && sizeof(OpRecord) == 128 && sizeof(PairControl) == 64 + 32 * kLandings);
 
 struct Poison {
   ErrorCode code;

@@ -1,6 +1,8 @@
 // Point-to-point: messages of an ordered pair stream in pieces through the pair's ring, in the order of posting. A
 // piece may be written while the receiver has consumed all but the ring's length of those before it (its credit).
-// A long message that lies in the sender's heap is one piece, which says where it is; it is done when it was taken.
+// A long message is one piece where it need not pass through the ring: lent, if it lies in the sender's heap (the piece
+// says where, and is done when it was taken), or put straight into the buffer of a receive that was posted before and
+// lies in the receiver's heap.
 #include <cstring>
 
 #include "failpoint.hpp"
@@ -67,6 +69,7 @@ std::shared_ptr<Work> ShmTransport::post(const Call& call, char* data, bool wait
     (sends ? out_ : in_)[call.peer].queue.push_back(transfer);
     auto& posted = sends ? segment_->pair(rank_, call.peer).sends : segment_->pair(call.peer, rank_).recvs;
     transfer->message = posted.fetch_add(1, std::memory_order_release) + 1;
+    if (!sends) offer(*transfer);
     pending_.fetch_add(1);
   }
   progress();
@@ -125,8 +128,30 @@ bool ShmTransport::progress() {
   return moved;
 }
 
-bool ShmTransport::lends(const Transfer& transfer) const {
+bool ShmTransport::in_one_piece(const Transfer& transfer) const {
   return transfer.bytes > segment_->header().p2p_bytes && segment_->in_heap(rank_, transfer.data, transfer.bytes);
+}
+
+// Shows the sender where a receive's buffer lies. The message that had this landing before is done when so few wait.
+// After a fault a sender may still be writing there: a failed group's heap is not used again (allocate).
+void ShmTransport::offer(const Transfer& recv) {
+  const int src = recv.call.peer;
+  if (!in_one_piece(recv) || in_[src].queue.size() > kLandings) return;
+  Landing& landing = segment_->pair(src, rank_).landings[recv.message % kLandings];
+  landing.place = uint64_t(recv.data - segment_->heap(rank_));
+  landing.bytes = recv.bytes;
+  landing.fingerprint = recv.print;
+  landing.message.store(recv.message, std::memory_order_release);
+}
+
+// Where a send may be put whole; null where the receive is not posted yet, lies elsewhere, or is of another message,
+// which the receiver then finds in the slot's header.
+char* ShmTransport::landing_of(const Transfer& send) {
+  const int dst = send.call.peer;
+  const Landing& landing = segment_->pair(rank_, dst).landings[send.message % kLandings];
+  if (send.moved > 0 || landing.message.load(std::memory_order_acquire) != send.message) return nullptr;
+  if (landing.fingerprint != send.print || landing.bytes != send.bytes) return nullptr;
+  return segment_->heap(dst) + landing.place;
 }
 
 // A short message goes in several pieces, too, so that the receiver takes the first while the next is written.
@@ -148,10 +173,11 @@ bool ShmTransport::push(int dst) {
     describe(slot, transfer.call, transfer.print);
     slot.op_id = transfer.message;
     slot.offset = transfer.moved;
-    const bool lent = lends(transfer);
-    slot.lent = lent ? uint64_t(transfer.data - segment_->heap(rank_)) + 1 : 0;
-    slot.bytes = lent ? transfer.bytes : std::min(piece_bytes(transfer.bytes), transfer.bytes - transfer.moved);
-    if (!lent) std::memcpy(slot.payload(), transfer.data + transfer.moved, slot.bytes);
+    const bool lent = in_one_piece(transfer);
+    char* const landing = lent ? nullptr : landing_of(transfer);
+    slot.lent = lent ? uint64_t(transfer.data - segment_->heap(rank_)) + 1 : landing != nullptr ? kPut : 0;
+    slot.bytes = slot.lent ? transfer.bytes : std::min(piece_bytes(transfer.bytes), transfer.bytes - transfer.moved);
+    if (!lent) std::memcpy(landing ? landing : slot.payload(), transfer.data + transfer.moved, slot.bytes);
     transfer.moved += slot.bytes;
     TPMP_FAILPOINT("transfer.before_publish");
     slot.seq.store(lane.piece + 1, std::memory_order_release);
@@ -177,7 +203,7 @@ bool ShmTransport::pull(int src) {
     Transfer& transfer = *lane.queue.front();
     if (!accept(transfer, slot)) break;
     const char* from = slot.lent == 0 ? slot.payload() : segment_->heap(src) + slot.lent - 1;
-    std::memcpy(transfer.data + transfer.moved, from, slot.bytes);
+    if (slot.lent != kPut) std::memcpy(transfer.data + transfer.moved, from, slot.bytes);
     transfer.moved += slot.bytes;
     TPMP_FAILPOINT("transfer.before_credit");
     segment_->pair(src, rank_).consumed.store(lane.piece + 1, std::memory_order_release);

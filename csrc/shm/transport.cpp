@@ -206,6 +206,7 @@ std::shared_ptr<Block> ShmTransport::allocate(size_t bytes) {
   if (forked() || closed_.load())
     throw transport_error(ErrorCode::closed, -1, std::string("comm.empty: the communicator ") +
                           (forked() ? "stayed with the process that this one was forked from" : "is closed"));
+  if (poisoned()) throw_poison(" in comm.empty, refused: the group failed before");
   TPMP_FAILPOINT("heap.reserve");
   return std::make_shared<Block>(heap_, bytes);
 }

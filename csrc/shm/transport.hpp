@@ -90,7 +90,9 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   bool pull(int src);
   bool accept(const Transfer& transfer, const SlotHeader& slot);
   void finish(std::deque<std::shared_ptr<Transfer>>& queue);
-  bool lends(const Transfer& transfer) const;
+  bool in_one_piece(const Transfer& transfer) const;  // long, and in this rank's heap
+  void offer(const Transfer& recv);
+  char* landing_of(const Transfer& send);
 
   const std::shared_ptr<Segment> segment_;
   const std::shared_ptr<Heap> heap_;

@@ -138,8 +138,8 @@ def _check(ranks, pairs_of_each: int, seed: int) -> Counter:
 
 
 def test_every_kind_of_mismatch_is_named_on_every_rank(ranks):
-    named = _check(ranks, 13, seed=4)
-    assert len(named) == 9 and sum(named.values()) >= 200
+    named = _check(ranks, 5, seed=4)
+    assert len(named) == 9 and sum(named.values()) >= 80
 
 
 @pytest.mark.full

@@ -92,7 +92,7 @@ def check_threads(lines: list[dict], batches: int):
 
 
 def test_random_calls_of_threads_are_right(native):
-    check_threads(native("plain", "threads", seed(), 25), 25)
+    check_threads(native("plain", "threads", seed(), 10), 10)
 
 
 @pytest.mark.full

@@ -1,6 +1,7 @@
 """Transfers on shm arrive whole and in order, move while the caller computes, and wake who sleeps for them."""
 
 import os
+import random
 import statistics
 import time
 
@@ -9,6 +10,7 @@ import torch
 from shm_world import world
 
 from tpmp_kernels.comm._ext import C
+from tpmp_kernels.errors import CollectiveMismatch, TransportError
 
 pytestmark = pytest.mark.skipif(C is None, reason="needs the compiled extension")
 
@@ -123,6 +125,101 @@ def _wakes(kind: str) -> float:
 def test_a_publication_wakes_the_rank_that_sleeps_for_it(ranks, kind):
     # Without the doorbell the sleeper would look again after its slice of 20 ms, just begun.
     assert max(ranks(2).run(_wakes, kind)) < 0.01
+
+
+def _put(posts: int) -> list[bool]:
+    """Several messages of 16 times the ring each: whether each send was over when it was posted."""
+    with world() as comm:
+        values = [_message(2 * RING, torch.int64, seed) for seed in range(posts)]
+        if comm.rank == 0:
+            comm.barrier()
+            works = [comm.isend(value, 1, tag=f"m{i}") for i, value in enumerate(values)]
+            over = [work.done() for work in works]
+            for work in works:
+                work.wait()
+            return over
+        buffers = [comm.empty(2 * RING, dtype=torch.int64).zero_() for _ in values]
+        works = [comm.irecv(buffer, 0, tag=f"m{i}") for i, buffer in enumerate(buffers)]
+        comm.barrier()
+        for work in works:
+            work.wait()
+        return [torch.equal(*pair) for pair in zip(buffers, values, strict=True)]
+
+
+def test_a_send_is_put_into_the_buffer_of_a_receive_that_was_posted_before(ranks):
+    """Through the ring, a message is over when three quarters of its pieces were taken."""
+    over, right = ranks(2).run(_put, 3)
+    assert all(right) and over == [True] * 3
+
+
+def test_more_receives_than_the_sender_is_shown_arrive_too(ranks):
+    over, right = ranks(2).run(_put, 12)
+    assert all(right) and over[:4] == [True] * 4
+
+
+def _any_pair_of_memories(seed: int) -> bool:
+    """Messages of all lengths, from and into heap or other memory, posted in any interleaving of both ends."""
+    draw = random.Random(seed)
+    plan = [(draw.choice([1, RING // 8, RING // 4, RING]), draw.random(), draw.random()) for _ in range(40)]
+    with world() as comm:
+        works, results = [], []
+        for i, (n, source, target) in enumerate(plan):
+            value = _message(n, torch.float32, i)
+            if comm.rank == 0:
+                memory = comm.empty(n) if source < 0.3 else torch.empty(n)
+                works.append(comm.isend(memory.copy_(value), 1, tag=f"m{i}"))
+            else:
+                buffer = comm.empty(n) if target < 0.7 else torch.empty(n)
+                works.append(comm.irecv(buffer, 0, tag=f"m{i}"))
+                results.append((buffer, value))
+            if random.random() < 0.3:
+                time.sleep(random.random() * 2e-3)
+            while len(works) > 10:
+                works.pop(0).wait()
+        for work in works:
+            work.wait()
+        return all(torch.equal(*pair) for pair in results)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.full) for s in range(1, 30))])
+def test_messages_of_any_memory_arrive_whole_and_in_order(ranks, seed):
+    assert all(ranks(2).run(_any_pair_of_memories, seed))
+
+
+def _put_of_another_kind() -> str:
+    """The receiver shows a buffer of as many bytes, of another dtype."""
+    with world() as comm:
+        memory = comm.empty(2 * RING)
+        try:
+            if comm.rank == 0:
+                comm.barrier()
+                comm.isend(torch.ones(2 * RING, dtype=torch.int32), 1, tag="x").wait()
+            else:
+                work = comm.irecv(memory.zero_(), 0, tag="x")
+                comm.barrier()
+                work.wait()
+            comm.barrier()
+        except CollectiveMismatch as error:
+            return f"{error} {memory.any().item()}"
+
+
+def test_what_does_not_belong_there_is_not_put(ranks):
+    texts = ranks(2).run(_put_of_another_kind)
+    assert all("dtype" in text for text in texts) and texts[1].endswith("False")
+
+
+def _empty_after_a_fault() -> str:
+    with world() as comm:
+        comm.abort("enough")
+        try:
+            comm.empty(4)
+        except TransportError as error:
+            return str(error)
+
+
+def test_memory_of_a_failed_group_is_not_given_out(ranks):
+    """A peer may still be writing into a buffer that was given back."""
+    assert all("comm.empty" in text and "enough" in text for text in ranks(2).run(_empty_after_a_fault))
 
 
 def _dropped_work() -> bool:

@@ -29,7 +29,7 @@ def test_opcheck(problem, requires_grad):
 
 
 @a_few
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.full), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [pytest.param("transposed", marks=pytest.mark.full), "strided"])
 def test_opcheck_dtypes_and_layouts(problem, dtype, layout):
     inputs = problem.inputs(dtype, layout=layout, requires_grad=True)

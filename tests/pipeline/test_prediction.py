@@ -67,7 +67,7 @@ def run_asleep(name: str) -> tuple:
         return took.makespan, predicted.makespan, took.bubble_ratio, predicted.bubble_ratio
 
 
-ALWAYS = [("zb-v", 2), ("zb-h1", 4)]
+ALWAYS = [("zb-v", 2)]
 EVERY = [(name, size) for size in (2, 4) for name in SCHEDULES if name != "forward-only"]
 
 

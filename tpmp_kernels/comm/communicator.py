@@ -57,7 +57,6 @@ class Communicator(ABC):
     """
 
     transport: str
-    lends = False  # whether peers read what lies in memory from `empty` where it is, without a copy on the way out
 
     def __init__(self, rank: int, size: int, *, name: str, timeout: float):
         if not 0 < timeout < 1e9:  # also False for nan

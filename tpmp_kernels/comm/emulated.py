@@ -55,7 +55,6 @@ class EmulatedLink(Communicator):
         self.latency = latency
         self.bandwidth = bandwidth
         self.transport = f"{comm.transport} over an emulated link"
-        self.lends = comm.lends
         self._comm = comm
         self._lock = threading.Lock()  # of what follows: a Work may be waited for on another thread
         self._outgoing = 0.0  # when the outgoing lane is free

@@ -27,7 +27,6 @@ class ShmCommunicator(Communicator):
     """
 
     transport = "shm"
-    lends = True
 
     def __init__(self, core, rank: int, size: int, *, name: str = "", timeout: float = 60.0):
         super().__init__(rank, size, name=name, timeout=timeout)

@@ -4,9 +4,9 @@ A value that crosses a border is named by (payload, producing stage, microbatch)
 forward made, "B" the gradient that a stage's backward made for its input. Shapes and dtype are known to both ends, so
 that nothing but the values travels; the transport refuses a message of another size.
 
-Receives are posted as early as the lowered schedule has them, into memory of their own. What is sent lies where the
-transport lends it to the receiver: it is copied there here, and from there by the receiver. The schedule bounds how
-many of both there are, and a wait for a send is the back-pressure.
+Receives are posted as early as the lowered schedule has them, into memory of the transport's, where the sender of a
+long message copies it straight from where its stage made it: one copy in all. The schedule bounds how many buffers
+there are, and a wait for a send is the back-pressure.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,7 +57,7 @@ class Channels:
     def send_post(self, transfer: Transfer) -> None:
         value = _value(transfer)
         # The work keeps the tensor alive until it is sent; nothing here needs it any more.
-        tensor = self._lent(self._values.pop(value))
+        tensor = self._values.pop(value).contiguous()
         self._works["send", value] = self.comm.isend(tensor, transfer.peer, tag=_tag(value))
 
     def send_wait(self, transfer: Transfer) -> None:
@@ -70,14 +70,6 @@ class Channels:
             buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
         self._meter.note(buffer)
         return buffer
-
-    def _lent(self, tensor: Tensor) -> Tensor:
-        """The same values in memory that is not copied again on the way out."""
-        if not self.comm.lends or tensor.device.type != "cpu":
-            return tensor.contiguous()
-        lent = self.comm.empty(*tensor.shape, dtype=tensor.dtype)
-        self._meter.note(lent)
-        return lent.copy_(tensor)
 
 
 def _value(transfer: Transfer) -> Value:
