@@ -48,6 +48,7 @@ def test_the_table_has_times_beside_errors_and_memory(capsys):
     assert text.count("cannot run: needs a CUDA device") == 2
 
 
+@pytest.mark.full
 def test_a_wrong_result_of_ours_is_told_and_is_exit_code_1(monkeypatch, capsys):
     right = ops.glu
     monkeypatch.setattr(ops, "glu", lambda *args, **names: right(*args, **names) * 1.01)

@@ -7,9 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.full
 def test_four_layers_equals_one_process():
     start = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

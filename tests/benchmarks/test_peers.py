@@ -72,7 +72,9 @@ def test_schedule_that_cannot_run_is_a_row_with_the_reason(run):
 
 
 @pytest.mark.parametrize(
-    "variant", [[], ["--loss-parallel"], ["--backend=tpmp"]], ids=["replicated", "loss_parallel", "tpmp"]
+    "variant",
+    [pytest.param([], marks=pytest.mark.full), ["--loss-parallel"], ["--backend=tpmp"]],
+    ids=["replicated", "loss_parallel", "tpmp"],
 )
 def test_dtensor_follows_one_process(run, variant):
     (row,) = run(dtensor_gpt, "--layers", "2", *SGD, *variant)

@@ -29,6 +29,7 @@ def test_other(compare, one_thread):
 """
 
 
+@pytest.mark.full
 def test_session_ends_with_table_and_rows(tmp_path):
     shutil.copy(ROOT / "benchmarks" / "conftest.py", tmp_path)
     (tmp_path / "test_toy.py").write_text(SUITE)

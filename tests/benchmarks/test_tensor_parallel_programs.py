@@ -41,6 +41,7 @@ def test_program_follows_one_process(ranks, run):
         assert losses == pytest.approx(losses_of_one_process([*TINY, *SGD]), rel=1e-5)
 
 
+@pytest.mark.full
 def test_contenders_of_the_suite_agree_and_are_timed_on_every_rank(ranks):
     for timings in ranks(2).run(suite.time_steps, TINY):
         assert list(timings) == suite.present()

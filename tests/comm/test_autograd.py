@@ -25,14 +25,14 @@ def run_all_reduce():
         return torch.equal(x.detach(), before), y.detach(), x.grad
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_copy_is_the_identity_and_sums_gradients(ranks, size):
     for value, grad in ranks(size).run(run_copy):
         assert torch.equal(value, torch.arange(6.0))
         assert torch.equal(grad, torch.full((6,), float(sum(range(1, size + 1)))))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_all_reduce_sums_and_passes_gradients(ranks, size):
     for rank, (untouched, value, grad) in enumerate(ranks(size).run(run_all_reduce)):
         assert untouched, "the argument was written"
@@ -69,7 +69,7 @@ def run_gather(dim: int, grad: str):
 
 @pytest.mark.parametrize("grad", ["reduce_scatter", "slice"])
 @pytest.mark.parametrize("dim", [0, 1, -1])
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.full)])
 def test_all_gather_is_the_shards_in_order(ranks, size, dim, grad):
     whole = torch.cat([integers(*SHARD, seed=rank) for rank in range(size)], dim)
     upstream = [integers(*whole.shape, seed=100 + rank) for rank in range(size)]
@@ -90,7 +90,7 @@ def run_scatter(dim: int):
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.full)])
 def test_reduce_scatter_is_a_shard_of_the_sum(ranks, size, dim):
     total = sum(integers(*whole_shape(dim, size), seed=rank) for rank in range(size))
     dwhole = torch.cat([integers(*SHARD, seed=100 + rank) for rank in range(size)], dim)
@@ -109,7 +109,7 @@ def run_split(dim: int):
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.full)])
 def test_split_is_the_own_shard(ranks, size, dim):
     whole = integers(*whole_shape(dim, size), seed=0)
     dwhole = torch.cat([integers(*SHARD, seed=100 + rank) for rank in range(size)], dim)

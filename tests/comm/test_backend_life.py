@@ -86,6 +86,7 @@ def launcher():
     made.close()
 
 
+@pytest.mark.full
 def test_the_whole_program_runs_on_it(launcher, tmp_path):
     """init_process_group in its spellings, destroyed and made again on the same store."""
     for rank, (status, text) in enumerate(launcher.run("whole", 2, tmp_path)):

@@ -21,7 +21,7 @@ def draw(shape, dtype, layout="contiguous"):
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("seed", [*range(2), *(pytest.param(s, marks=pytest.mark.full) for s in range(2, 50))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.full) for s in range(1, 50))])
 def test_linear_is_within_its_bound(dtype, activation, seed):
     rng = random.Random(f"{dtype}{activation}{seed}")
     torch.manual_seed(seed)

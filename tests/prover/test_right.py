@@ -11,7 +11,7 @@ from tpmp_kernels import verify
 from tpmp_kernels.tensor_parallel import ColwiseParallel, RowwiseParallel
 
 GRID = [(tp, pp, dtype) for tp in (1, 2, 4) for pp in (1, 2) for dtype in (torch.float64, torch.float32)]
-SAMPLE = [(1, 2, torch.float64), (2, 1, torch.float64), (2, 2, torch.float32), (4, 1, torch.float32)]
+SAMPLE = [(2, 1, torch.float64), (2, 2, torch.float32), (4, 1, torch.float32)]
 
 
 def check(ranks, tp, pp, dtype, *, plan=parallel, **arguments):

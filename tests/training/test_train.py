@@ -103,6 +103,7 @@ def test_trains_proves_and_leaves_its_pictures_and_resumes_bitwise(config, tmp_p
     assert losses(run) == whole
 
 
+@pytest.mark.full
 def test_a_difference_fails_the_run_with_one_sentence(config):
     alone = ["--parallel.tp", 1, "--parallel.pp", 1]
     done = train(config, *alone, "--training.steps", 2, "--proof.fp64-steps", 2, "--proof.fp64-tolerance", 1e-30)
