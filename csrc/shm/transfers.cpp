@@ -1,8 +1,8 @@
 // Point-to-point: messages of an ordered pair stream in pieces through the pair's ring, in the order of posting. A
 // piece may be written while the receiver has consumed all but the ring's length of those before it (its credit).
 // A long message is one piece where it need not pass through the ring: lent, if it lies in the sender's heap (the piece
-// says where, and is done when it was taken), or put straight into the buffer of a receive that was posted before and
-// lies in the receiver's heap.
+// says where, and is done when it was taken), or put straight into the buffer of a posted receive that lies in the
+// receiver's heap. What is longer than the ring, and so cannot be over before its receive is posted, waits for that.
 #include <cstring>
 
 #include "failpoint.hpp"
@@ -68,10 +68,12 @@ std::shared_ptr<Work> ShmTransport::post(const Call& call, char* data, bool wait
     const bool sends = call.kind == Kind::send;
     (sends ? out_ : in_)[call.peer].queue.push_back(transfer);
     auto& posted = sends ? segment_->pair(rank_, call.peer).sends : segment_->pair(call.peer, rank_).recvs;
-    transfer->message = posted.fetch_add(1, std::memory_order_release) + 1;
+    transfer->message = posted.load(std::memory_order_relaxed) + 1;
     if (!sends) offer(*transfer);
+    posted.store(transfer->message, std::memory_order_release);
     pending_.fetch_add(1);
   }
+  if (call.kind == Kind::recv && outlasts_ring(*transfer)) ring(doorbell(call.peer));
   progress();
   if (!waits && !transfer->done.load()) wake_keeper();
   return std::make_shared<ShmWork>(shared_from_this(), transfer);
@@ -132,6 +134,10 @@ bool ShmTransport::in_one_piece(const Transfer& transfer) const {
   return transfer.bytes > segment_->header().p2p_bytes && segment_->in_heap(rank_, transfer.data, transfer.bytes);
 }
 
+bool ShmTransport::outlasts_ring(const Transfer& transfer) const {
+  return transfer.bytes > segment_->header().p2p_bytes * segment_->header().p2p_slots;
+}
+
 // Shows the sender where a receive's buffer lies. The message that had this landing before is done when so few wait.
 // After a fault a sender may still be writing there: a failed group's heap is not used again (allocate).
 void ShmTransport::offer(const Transfer& recv) {
@@ -166,14 +172,16 @@ bool ShmTransport::push(int dst) {
   const SegmentHeader& h = segment_->header();
   const uint64_t consumed = segment_->pair(rank_, dst).consumed.load(std::memory_order_acquire);
   for (size_t left = lane.lent.size(); left > 0 && lane.lent.front()->piece < consumed; --left) finish(lane.lent);
+  const uint64_t received = segment_->pair(rank_, dst).recvs.load(std::memory_order_acquire);  // posted
   const uint64_t first = lane.piece, end = consumed + h.p2p_slots;
   for (; lane.piece < end && !lane.queue.empty(); ++lane.piece) {
     Transfer& transfer = *lane.queue.front();
+    const bool lent = in_one_piece(transfer);
+    if (!lent && outlasts_ring(transfer) && received < transfer.message) break;
     SlotHeader& slot = segment_->p2p_slot(rank_, dst, lane.piece);
     describe(slot, transfer.call, transfer.print);
     slot.op_id = transfer.message;
     slot.offset = transfer.moved;
-    const bool lent = in_one_piece(transfer);
     char* const landing = lent ? nullptr : landing_of(transfer);
     slot.lent = lent ? uint64_t(transfer.data - segment_->heap(rank_)) + 1 : landing != nullptr ? kPut : 0;
     slot.bytes = slot.lent ? transfer.bytes : std::min(piece_bytes(transfer.bytes), transfer.bytes - transfer.moved);

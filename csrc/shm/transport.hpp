@@ -91,6 +91,7 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
   bool accept(const Transfer& transfer, const SlotHeader& slot);
   void finish(std::deque<std::shared_ptr<Transfer>>& queue);
   bool in_one_piece(const Transfer& transfer) const;  // long, and in this rank's heap
+  bool outlasts_ring(const Transfer& transfer) const;
   void offer(const Transfer& recv);
   char* landing_of(const Transfer& send);
 

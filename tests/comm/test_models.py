@@ -54,6 +54,7 @@ LARGE = [
     ("ring", "N=2", 3_000_000),
     ("ring", "N=2 SHORT SLICE", 1_000_000),
     ("ring", "N=2 COARSE PUT MESSAGES=2", 1_000_000),
+    ("ring", "N=2 COARSE PUT MESSAGES=2 SLOTS=1", 1_000_000),
     ("ring", "N=2 COARSE PUT LANDINGS=2 NO_CRASH", 1_000_000),
     ("ring", "N=3 COARSE MESSAGES=2", 2_000_000),
     ("ring", "N=4 COARSE MESSAGES=1 SLOTS=1", 1_000_000),
@@ -105,6 +106,7 @@ MISTAKES = [
     ("ring", "BUG_SLEEP", ASLEEP, "N=2"),
     ("ring", "BUG_LANDING", WRONG, "N=2 PUT MESSAGES=2"),  # shown before the last message there was taken
     ("ring", "BUG_SHOWN_FIRST", WRONG, "N=2 PUT MESSAGES=2"),  # the number before the place
+    ("ring", "BUG_NO_POST_RING", ASLEEP, "N=2 PUT MESSAGES=2 SLOTS=1"),  # who waits for a receive is not woken
     ("poison", "BUG_TEXT", WRONG, "N=2 SLICE"),  # the word before its text
     ("poison", "BUG_CAS", WRONG, "N=2 SLICE"),  # a plain store: two faults, two verdicts
     ("poison", "BUG_WRITER", WRONG, "N=2 SLICE"),  # caller and keeper of a rank overwrite each other's text

@@ -28,7 +28,12 @@
 #define WHOLE(slot) false
 #endif
 #define LAST(piece, message, all) (all || piece + 1 == PIECES(message))
+#ifdef PUT
+#define LONG (PIECES(sending) > SLOTS)   /* waits for its receive */
+#define CAN_SEND (sending < messages && CREDIT && (!LONG || recvs[me] > sending))
+#else
 #define CAN_SEND (sending < messages && CREDIT)
+#endif
 #ifdef PUT
 #define POSTED (posted > taking)
 #define CAN_POST (posted < MESSAGES && posted <= taking + LANDINGS)   /* one more than is shown */
@@ -46,7 +51,7 @@
 
 #define READY (CAN_SEND || CAN_TAKE)
 /* The wait depends on the receiver while there is something to send, and on the sender while something is missing. */
-#define AWAITS(peer) ((peer == NEXT && sending < messages && !CREDIT) || \
+#define AWAITS(peer) ((peer == NEXT && sending < messages && !CAN_SEND) || \
                       (peer == BEFORE && taking < MESSAGES && seq[SLOT(BEFORE, taken)] != taken + 1))
 #include "group.pml"
 
@@ -57,6 +62,7 @@ byte consumed[N];
 /* By the sender: what the receiver showed, and the buffers of its receives. */
 byte shown[N * LANDINGS], spot[N * LANDINGS], buffer[N * MESSAGES];
 bit whole[N * SLOTS];
+byte recvs[N];   /* posted */
 
 inline post() {
   if
@@ -70,7 +76,11 @@ inline post() {
 #endif
   :: true   /* its buffer lies elsewhere */
   fi;
-  posted++
+  posted++;
+  recvs[BEFORE] = posted;
+#ifndef BUG_NO_POST_RING
+  if :: PIECES(posted - 1) > SLOTS -> ring(BEFORE) :: else fi
+#endif
 }
 
 inline put() {
