@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import statistics
 import time
 
@@ -220,6 +221,59 @@ def _empty_after_a_fault() -> str:
 def test_memory_of_a_failed_group_is_not_given_out(ranks):
     """A peer may still be writing into a buffer that was given back."""
     assert all("comm.empty" in text and "enough" in text for text in ranks(2).run(_empty_after_a_fault))
+
+
+def _late_posts() -> float:
+    """Median time that a receive takes for which a sender sleeps already."""
+    with world() as comm:
+        pid, took = torch.tensor([os.getpid()]), []
+        comm.broadcast(pid, 1)
+        memory = comm.empty(2 * RING, dtype=torch.uint8)
+        for _ in range(15):
+            if comm.rank == 1:
+                comm.send(torch.ones(2 * RING, dtype=torch.uint8), 0)
+            else:
+                while not _asleep(pid.item()):
+                    os.sched_yield()
+                start = time.monotonic()
+                comm.recv(memory, 1)
+                took.append(time.monotonic() - start)
+            comm.barrier()
+        return statistics.median(took) if took else 0.0
+
+
+def test_a_posted_receive_wakes_the_sender_that_sleeps_for_it(ranks):
+    assert max(ranks(2).run(_late_posts)) < 0.01
+
+
+def _sends_to_a_stopped_rank() -> bool:
+    """Posted before its receive, a send longer than the ring needs nothing of a receiver that stops behind its post."""
+    with world() as comm:
+        pid = torch.tensor([os.getpid()])
+        comm.broadcast(pid, 1)
+        memory = comm.empty(2 * RING, dtype=torch.int64)
+        if comm.rank == 0:
+            work = comm.isend(torch.arange(2 * RING), 1)
+            comm.barrier()
+            deadline = time.monotonic() + 5
+            while not work.done() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            put = work.done()
+            os.kill(pid.item(), signal.SIGCONT)
+            work.wait()
+        else:
+            comm.barrier()
+            time.sleep(0.05)  # so that the sender's caller no longer moves anything itself
+            work = comm.irecv(memory, 0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            work.wait()
+            put = torch.equal(memory, torch.arange(2 * RING))
+        comm.barrier()
+        return put
+
+
+def test_a_send_waits_for_its_receive_to_be_put_whole(ranks):
+    assert all(ranks(2).run(_sends_to_a_stopped_rank))
 
 
 def _dropped_work() -> bool:

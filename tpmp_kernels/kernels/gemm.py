@@ -96,7 +96,7 @@ def operands(x: Tensor, weight: Tensor, tile: tiles.Tile) -> dict[str, Any]:
         "X_ROWS_ADJACENT": rows_adjacent(x), "WEIGHT_ROWS_ADJACENT": rows_adjacent(weight),
         "PRECISION": "ieee" if x.dtype is torch.float32 else "tf32",
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m,
-        "PART": 64 if weight.shape[0] * x.element_size() % 16 == 0 else 16,
+        "PART": 64 if weight.shape[0] * x.element_size() % 16 == 0 else 8,
     }  # fmt: skip
 
 
