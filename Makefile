@@ -33,7 +33,7 @@ TIMED := $(addprefix tests/,$(addsuffix .py,$(addprefix comm/test_,agreement bac
 # By file, those that take long and are few in a file first.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder tests/training $(TIMED:%=--ignore=%)
 
-test: venv  ## the tests, at most 6 minutes: a seeded sample of every large grid
+test: venv  ## the tests: a seeded sample of every large grid
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not gpu and not full' $(TWO) tests
 	$(RUN) -m pytest -m 'not gpu and not full' $(TIMED)
 
