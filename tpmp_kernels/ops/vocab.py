@@ -126,7 +126,7 @@ class Statistics:
     """Peak, others, target's logit and shortfall of each token, [4, T], added up piece by piece of the row.
 
     A token whose target is elsewhere has 0 for its target's logit, so that these add up over pieces and ranks; the
-    shortfall is 0 unless labels are smoothed.
+    shortfall means nothing unless labels are smoothed.
     """
 
     def __init__(self, target: Tensor, dtype: torch.dtype, loss: Loss):
