@@ -1,28 +1,26 @@
 """What the ahead-of-time tests of the GEMM kernels share: operands without memory, the grid of a kernel, its checks."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from aot_checks import assert_no_spill
 
 from tpmp_kernels.kernels import aot, tiles
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS, ALIGNED, ODD = 4096, 4096, 4099
-# (n, k): columns of the result, inner dimension. bf16 and fp16 differ in nothing but the name of the instruction.
-SIZES = {
-    "bf16": [(ALIGNED, ALIGNED), (ODD, ALIGNED), (ALIGNED, ODD), (ODD, ODD)],
-    "fp16": [(ALIGNED, ALIGNED), (ODD, ODD)],
-    "fp32": [(ALIGNED, ALIGNED), (ODD, ODD)],
-}
+ARCHES = ("sm90", "sm100", "sm80", "gfx942")
 
 
 @dataclass(frozen=True)
 class Case:
     """One kernel for a result of n columns and an inner dimension k. `form`: what the epilogue cannot say."""
 
+    arch: str
     dtype: str
     tile: tiles.Tile
     epilogue: tiles.Epilogue
@@ -33,25 +31,60 @@ class Case:
     def __str__(self) -> str:
         t, e = self.tile, self.epilogue
         flags = [name for name in ("bias", "residual", "preact", "wide") if getattr(e, name)]
-        parts = [self.dtype, f"{t.block_m}x{t.block_n}", str(e.activation), *flags, *([self.form] if self.form else [])]
+        parts = [
+            self.arch,
+            self.dtype,
+            f"{t.block_m}x{t.block_n}",
+            str(e.activation),
+            *flags,
+            *filter(None, [self.form]),
+        ]
         return "-".join([*parts, f"n{self.n}", f"k{self.k}"])
 
 
-def cases(operation: str, epilogues: list[tiles.Epilogue], form: str = "") -> list[Case]:
-    """Every shipped tile with every epilogue that may meet it, rows in memory aligned to 16 bytes or odd."""
-    return [
-        Case(dtype, tile, epilogue, n, k, form)
-        for dtype in DTYPES
-        for n, k in SIZES[dtype]
-        for epilogue in epilogues
-        if not (epilogue.wide and dtype == "fp32")
-        for tile in tiles.shipped(operation, TOKENS, n, k, dtype, arch=90, epilogue=epilogue)
+def cases(
+    operation: str, epilogues: list[tiles.Epilogue], few: list[tiles.Epilogue], aligned: Callable[[int, int], bool],
+    form: str = "",
+) -> list[Case]:  # fmt: skip
+    """Every shipped tile with the epilogues that may meet it, rows in memory aligned to 16 bytes or odd.
+
+    `few` of the epilogues for all tiles; every one for the bf16 tile that has most in registers on sm_90, where rows
+    are aligned. fp16 differs from bf16 in the name of the instruction. `aligned(n, k)`: whether the operands' rows are.
+    """
+    grid = []
+    for arch in ARCHES:
+        for dtype in DTYPES:
+            for n, k in [(ALIGNED, ALIGNED), (ODD, ALIGNED), (ALIGNED, ODD), (ODD, ODD)]:
+                if n != k and dtype != "bf16":
+                    continue
+                for epilogue in epilogues:
+                    if epilogue.wide and dtype == "fp32":
+                        continue
+                    found = tiles.shipped(
+                        operation, dtype, arch=arch, epilogue=epilogue, triton_version=triton.__version__,
+                        aligned=aligned(n, k),
+                    )  # fmt: skip
+                    every = (arch, dtype, n, k) == ("sm90", "bf16", ALIGNED, ALIGNED)
+                    chosen = found if epilogue in few else [max(found, key=area)] if every else []
+                    grid += [Case(arch, dtype, tile, epilogue, n, k, form) for tile in chosen]
+    return grid
+
+
+def area(tile: tiles.Tile) -> int:
+    return tile.block_m * tile.block_n
+
+
+def sampled(grid: list[Case], hardest: list[tiles.Epilogue], count: int) -> list[Case]:
+    """The most demanding case of sm_90, and a seeded few of its others; other architectures take their turn in full."""
+    own = [case for case in grid if case.arch == "sm90"]
+    first = [
+        max(
+            (c for c in own if (c.dtype, c.n, c.k, c.epilogue) == ("bf16", ALIGNED, ALIGNED, e)),
+            key=lambda c: area(c.tile),
+        )
+        for e in hardest
     ]
-
-
-def sampled(grid: list[Case], always: list[Case], count: int) -> list[Case]:
-    """The most demanding cases, and a seeded few of all the others."""
-    return always + random.Random(5).sample([case for case in grid if case not in always], count)
+    return first + random.Random(5).sample([case for case in own if case not in first], count)
 
 
 def empty(*shape: int, dtype: torch.dtype, wanted: bool = True) -> torch.Tensor | None:
@@ -60,12 +93,12 @@ def empty(*shape: int, dtype: torch.dtype, wanted: bool = True) -> torch.Tensor 
 
 def check(kernel: Any, named: dict[str, Any], case: Case) -> None:
     tile = case.tile
-    built = aot.compile(kernel, named, capability=90, num_warps=tile.num_warps, num_stages=tile.num_stages)
-    assert built.shared <= tiles.shared_limit(90)
+    built = aot.compile(kernel, named, arch=case.arch, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    assert built.shared <= tiles.shared_limit(case.arch), f"{built.shared} B of shared memory"
     assert_no_spill(built)
     if case.dtype == "fp32":
-        assert built.count("HGMMA") == 0, "fp32 products must be IEEE, not TF32"
+        assert built.products() == 0, "fp32 products must be IEEE, not TF32"
         return
-    assert built.count("HGMMA") > 0, "no tensor-core product"
+    assert built.products() > 0, "no tensor-core product"
     assert built.register_operands() == 0, "a product takes A from registers"
-    assert ODD in (case.n, case.k) or built.count("LDGSTS") > 0, "no asynchronous copy"
+    assert tile.loads == "scalars" or case.arch == "gfx942" or built.copies() > 0, "no asynchronous copy"

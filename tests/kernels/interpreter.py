@@ -57,16 +57,20 @@ def sampled() -> list[str]:
 
 
 def poisoned(rng: random.Random, values: torch.Tensor) -> torch.Tensor:
-    """The same matrix inside a buffer of NaN, with a random layout: rows or columns adjacent, or every second one."""
+    """The same matrix inside a buffer of NaN, with a random layout: rows or columns adjacent, or every second one.
+
+    In most cases adjacent ones begin at multiples of 16 bytes, as descriptors need them.
+    """
     m, n = values.shape
-    layout = rng.choice(["rows", "columns", "strided"])
-    buffer = torch.full((m + 3, 2 * n + 5), torch.nan, dtype=values.dtype)
-    view = buffer[1 : 1 + m, 2 : 2 + n]
-    if layout == "strided":
-        view = buffer[1 : 1 + m, 2 : 2 + 2 * n : 2]
+    layout, whole = rng.choice(["rows", "columns"] * 2 + ["strided"]), rng.random() < 0.75
     if layout == "columns":
-        view = torch.full((n + 3, m + 5), torch.nan, dtype=values.dtype)[1 : 1 + n, 2 : 2 + m].t()
-    return view.copy_(values)
+        m, n = n, m
+    first, pitch = (8, -(-n // 8) * 8 + 16) if whole else (2, 2 * n + 5)
+    buffer = torch.full((m + 3, pitch), torch.nan, dtype=values.dtype)
+    view = buffer[1 : 1 + m, first : first + n]
+    if layout == "strided":
+        view = torch.full((m + 3, 2 * n + 5), torch.nan, dtype=values.dtype)[1 : 1 + m, 2 : 2 + 2 * n : 2]
+    return (view.t() if layout == "columns" else view).copy_(values)
 
 
 def poisoned_output(m: int, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,12 +104,12 @@ def watch_accesses() -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
     def watched(original):
-        def access(self, pointers, *rest):
+        def access(self, pointers, *rest, **named):
             mask = next(each.data for each in rest if each is not None and each.data.dtype == bool)
             used = np.broadcast_to(pointers.data, mask.shape)[mask].astype(np.int64)
             if ALLOWED and not np.isin(used, np.concatenate(ALLOWED)).all():
                 raise AssertionError(f"{original.__name__} out of range")
-            return original(self, pointers, *rest)
+            return original(self, pointers, *rest, **named)
 
         return access
 

@@ -1,6 +1,7 @@
 """The kernels of the linear family in the interpreter: random problems on random shipped tiles, integers, gradients."""
 
 import random
+from unittest import mock
 
 import torch
 from bounds import ACTIVATION_UNITS, UNIT, assert_no_worse_than_torch, assert_within, gamma, linear_bound
@@ -42,17 +43,30 @@ class Draw:
     def poisoned(self, values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else poisoned(self.rng, values)
 
-    def tile(self, operation: str, m: int, n: int, k: int, epilogue: tiles.Epilogue) -> tiles.Tile:
-        from tpmp_kernels.kernels.gemm import DTYPES
+    def tile(self, operation: str, epilogue: tiles.Epilogue, *operands: torch.Tensor) -> tiles.Tile:
+        """A shipped tile of any architecture that takes these operands."""
+        import triton
 
-        return self.rng.choice(tiles.shipped(operation, m, n, k, DTYPES[self.dtype], arch=90, epilogue=epilogue))
+        from tpmp_kernels.kernels.gemm import DTYPES, aligned
+
+        return self.rng.choice(
+            tiles.shipped(
+                operation, DTYPES[self.dtype], arch=self.rng.choice(["sm90", "sm90", "sm80", "gfx942"]),
+                epilogue=epilogue, triton_version=triton.__version__, aligned=all(map(aligned, operands)),
+            )
+        )  # fmt: skip
 
 
-def launch_within(kernel, named: dict, tile: tiles.Tile) -> None:
-    from tpmp_kernels.kernels.gemm import launch
+def launch_within(kernel, named: dict, tile: tiles.Tile, *, splits: int = 1) -> None:
+    """Launch it as on a chip of two multiprocessors, so that persistent programs take several tiles."""
+    from tpmp_kernels.kernels import gemm
 
-    with only_within(t for t in named.values() if isinstance(t, torch.Tensor)):
-        launch(kernel, named, tile)
+    memory = [getattr(value, "base", value) for value in named.values()]
+    with (
+        only_within(t for t in memory if isinstance(t, torch.Tensor)),
+        mock.patch.object(gemm, "chip", lambda _: ("", 2)),
+    ):
+        gemm.launch(kernel, named, tile, torch.device("cpu"), splits=splits)
 
 
 def assert_written(elements: int, *buffers: torch.Tensor) -> None:
@@ -80,12 +94,13 @@ def check_linear(seed: int, dtype: torch.dtype) -> None:
     bias = draw.tensor(n) if draw.chance() else None
     residual = draw.tensor(m, n).to(draw.rng.choice([dtype, out])) if draw.chance() else None
     e = tiles.Epilogue(activation, bias is not None, residual is not None, draw.chance(), wide=out is not dtype)
-    tile = draw.tile("linear", m, n, k, e)
     x, weight = draw.tensor(m, k), draw.tensor(n, k)
+    inside = draw.poisoned(x), draw.poisoned(weight)
+    tile = draw.tile("linear", e, *inside)
     (y, y_buffer), (z, z_buffer) = poisoned_output(m, n, out), poisoned_output(m, n, out)
     wants_y = not e.preact or draw.rng.random() < 0.7  # or z alone, as a backward makes it again
     named = arguments(
-        draw.poisoned(x), draw.poisoned(weight), None if bias is None else draw.poisoned(bias[None])[0],
+        *inside, None if bias is None else draw.poisoned(bias[None])[0],
         draw.poisoned(residual), y if wants_y else None, z if e.preact else None, activation, tile,
     )  # fmt: skip
     launch_within(linear_kernel, named, tile)
@@ -125,12 +140,12 @@ def check_gated_linear(seed: int, dtype: torch.dtype) -> None:
     draw = Draw(seed, dtype)
     m, n, k = draw.sizes()
     e = tiles.Epilogue(draw.rng.choice(GATES), preact=draw.chance())
-    tile = draw.tile("gated_linear", m, n, k, e)
     x, w_gate, w_up = draw.tensor(m, k), draw.tensor(n, k), draw.tensor(n, k)
+    inside = [draw.poisoned(each) for each in (x, w_gate, w_up)]
+    tile = draw.tile("gated_linear", e, *inside)
     (y, *y_buffer), (gate, *gate_buffer), (up, *up_buffer) = (poisoned_output(m, n, dtype) for _ in range(3))
     named = arguments(
-        draw.poisoned(x), draw.poisoned(w_gate), draw.poisoned(w_up),
-        y, gate if e.preact else None, up if e.preact else None, e.activation, tile,
+        *inside, y, gate if e.preact else None, up if e.preact else None, e.activation, tile,
     )  # fmt: skip
     launch_within(gated_linear_kernel, named, tile)
 
@@ -152,13 +167,14 @@ def check_wgrad(seed: int, dtype: torch.dtype) -> None:
     draw = Draw(seed, dtype)
     n, k, tokens = draw.sizes()
     add = draw.chance()
-    tile = draw.tile("wgrad", n, k, tokens, tiles.Epilogue(residual=add))
     dz, x = draw.tensor(tokens, n), draw.tensor(tokens, k)
+    inside = draw.poisoned(dz), draw.poisoned(x)
+    tile = draw.tile("wgrad", tiles.Epilogue(residual=add), *inside)
     main_grad, buffer = poisoned_output(n, k, torch.float32)
     before = torch.randn(n, k, generator=draw.generator) if add else torch.zeros(n, k)
     if add:
         main_grad.copy_(before)
-    launch_within(wgrad_kernel, arguments(draw.poisoned(dz), draw.poisoned(x), main_grad, add, tile), tile)
+    launch_within(wgrad_kernel, arguments(*(each.t() for each in inside), main_grad, add, tile), tile)
 
     product, error = product_bound(dz.t(), x.t())
     oracle = before.double() + product
@@ -175,13 +191,14 @@ def check_mlp_dz(seed: int, dtype: torch.dtype) -> None:
     gated, need_h = draw.chance(), draw.chance()
     bias = not gated and draw.chance()
     activation = draw.rng.choice(GATES if gated else list(reference.ACTIVATIONS))
-    tile = draw.tile("mlp_dz", m, n, k, tiles.Epilogue(activation, bias=bias, residual=gated, preact=need_h))
     dy, w_down, z, up = draw.tensor(m, k), draw.tensor(k, n), draw.tensor(m, n), draw.tensor(m, n)
+    inside = draw.poisoned(dy), draw.poisoned(w_down)
+    tile = draw.tile("mlp_dz", tiles.Epilogue(activation, bias=bias, residual=gated, preact=need_h), *inside)
     (dz, *buffers), (dup, dup_buffer), (h, h_buffer) = (poisoned_output(m, n, dtype) for _ in range(3))
     blocks = -(-m // tile.block_m)
     partial, partial_buffer = poisoned_output(blocks, n, torch.float32)
     named = arguments(
-        draw.poisoned(dy), draw.poisoned(w_down), z, up if gated else None, dz, dup if gated else None,
+        *inside, z, up if gated else None, dz, dup if gated else None,
         h if need_h else None, partial if bias else None, activation, tile,
     )  # fmt: skip
     launch_within(mlp_dz_kernel, named, tile)
@@ -222,6 +239,24 @@ def check_activation_grad(seed: int, dtype: torch.dtype) -> None:
     assert_within(dz, oracle, rounded(oracle, rounding, dtype))
     error = rounding.sum(0) + gamma(m + 1, WIDE) * oracle.abs().sum(0)
     assert_within(dbias, oracle.sum(0), rounded(oracle.sum(0), error, dtype))
+
+
+def check_split_wgrad(dtype: torch.dtype) -> None:
+    """Tokens in several parts, the last one shorter or empty: exact in integers, added to or written."""
+    from tpmp_kernels.kernels import gemm
+    from tpmp_kernels.kernels.wgrad import wgrad
+
+    for tokens, n, k in ((1100, 40, 72), (1537, 3, 5)):
+        dz, x = torch.randint(-1, 2, (tokens, n)).to(dtype), torch.randint(-1, 2, (tokens, k)).to(dtype)
+        tile = gemm.choose("wgrad", dz.t(), x.t(), epilogue=tiles.Epilogue(residual=True))
+        assert tiles.splits(n, k, tokens, tile, 132) > 1
+        exact = dz.double().t() @ x.double()
+        main_grad, buffer = poisoned_output(n, k, torch.float32)
+        wgrad(dz, x, main_grad, add=False)
+        assert torch.equal(main_grad.double(), exact)
+        wgrad(dz, x, main_grad, add=True)
+        assert torch.equal(main_grad.double(), 2 * exact)
+        assert_written(n * k, buffer)
 
 
 def check_integers(dtype: torch.dtype) -> None:
@@ -360,6 +395,7 @@ def check_main_grad(dtype: torch.dtype) -> None:
 
 
 each_dtype("integers", check_integers, always=("bf16",))
+each_dtype("split_wgrad", check_split_wgrad, always=("bf16",))
 each_dtype("empty", check_empty)
 each_dtype("recompute", check_recompute)
 each_dtype("main_grad", check_main_grad)

@@ -1,18 +1,16 @@
-"""The kernels of the losses and the sum of dx compiled ahead of time for sm_90: nothing spills."""
+"""The kernels of the losses compiled ahead of time for sm_90: nothing spills. Their products are in the GEMM tests."""
 
 import itertools
 
 import pytest
 import torch
 
-from tpmp_kernels.kernels import tiles
-
 pytest.importorskip("triton")
 
 from aot_checks import assert_no_spill
-from aot_gemm import DTYPES, TOKENS, Case, check, empty
+from aot_gemm import DTYPES, TOKENS, empty
 
-from tpmp_kernels.kernels import aot, cross_entropy, linear
+from tpmp_kernels.kernels import aot, cross_entropy
 
 SIZES = (16384, 4099)
 FIRST = {"first 32 bits": 4096, "first 64 bits": 2**31 + 5}
@@ -24,7 +22,7 @@ def logits(dtype: str, n: int, adjacent: str) -> torch.Tensor:
 
 
 def build(kernel, named: dict) -> aot.Compiled:
-    return aot.compile(kernel, named, capability=90, num_warps=4, num_stages=3)
+    return aot.compile(kernel, named, arch="sm90", num_warps=4, num_stages=3)
 
 
 def name(case: tuple) -> str:
@@ -66,22 +64,3 @@ def test_aot_loss_gradient(dtype, out, n, softcap, shifted, adjacent, first):
     d, shift = empty(TOKENS, n, dtype=DTYPES[out]), row if shifted else None
     named = cross_entropy.gradient_arguments(z, d, target, FIRST[first], row, row, row, row, shift, softcap)
     assert_no_spill(build(cross_entropy.gradient_kernel, named))
-
-
-# ---- dx += d @ W_s; z = x @ W_s^T and dW_s are products of test_aot.py and test_aot_wgrad.py
-
-ADDED = tiles.Epilogue(residual=True, wide=True)
-DX = [
-    Case(dtype, tile, ADDED, width, classes)
-    for dtype, width, classes in itertools.product(("bf16", "fp16"), (4096, 4099), SIZES)
-    for tile in tiles.shipped("linear", TOKENS, width, classes, dtype, arch=90, epilogue=ADDED)
-]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("case", DX, ids=str)
-def test_aot_loss_dx(case):
-    """The weight's columns are its rows here, and dx is read and written in fp32."""
-    dtype, dx = DTYPES[case.dtype], empty(TOKENS, case.n, dtype=torch.float32)
-    d, weight = empty(TOKENS, case.k, dtype=dtype), empty(case.k, case.n, dtype=dtype)
-    check(linear.linear_kernel, linear.arguments(d, weight.t(), None, dx, dx, None, None, case.tile), case)

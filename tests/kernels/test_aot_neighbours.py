@@ -31,7 +31,7 @@ def compile_norm(dtype: torch.dtype, n: int, full: bool, *, centered: bool) -> N
         x, optional, row, row if full and centered else None, x, optional, factor if centered else None, factor, 1e-5,
         shape,
     )  # fmt: skip
-    assert_no_spill(aot.compile(norms.norm_kernel, named, capability=90, num_warps=shape.num_warps, num_stages=3))
+    assert_no_spill(aot.compile(norms.norm_kernel, named, arch="sm90", num_warps=shape.num_warps, num_stages=3))
 
 
 def compile_norm_backward(dtype: torch.dtype, n: int, full: bool, *, centered: bool) -> None:
@@ -42,7 +42,7 @@ def compile_norm_backward(dtype: torch.dtype, n: int, full: bool, *, centered: b
         partial if full and centered else None, 16 if shape.whole else 1, shape,
     )  # fmt: skip
     assert_no_spill(
-        aot.compile(norms.norm_backward_kernel, named, capability=90, num_warps=shape.num_warps, num_stages=3)
+        aot.compile(norms.norm_backward_kernel, named, arch="sm90", num_warps=shape.num_warps, num_stages=3)
     )
 
 
@@ -87,7 +87,7 @@ def test_aot_rope(dtype, rotated, rest, heads, positions):
     q, k = (empty(4, 4096, count, rotated + rest, dtype=DTYPES[dtype]) for count in (heads, max(1, heads // 4)))
     ids = empty(4, 4096, dtype=torch.int64, wanted=positions)
     named = rope.arguments(q, k, empty(8192, rotated), ids, q, k, inverse=positions)
-    assert_no_spill(aot.compile(rope.rope_kernel, named, capability=90, num_warps=4, num_stages=3))
+    assert_no_spill(aot.compile(rope.rope_kernel, named, arch="sm90", num_warps=4, num_stages=3))
 
 
 GLUS = list(itertools.product(DTYPES, reference.GATES, (4096, 4099), ("forward", "backward")))
@@ -100,7 +100,7 @@ def test_aot_glu(dtype, activation, n, way):
     x = empty(ROWS, n, dtype=DTYPES[dtype])
     tensors = (None, x, None, None) if way == "forward" else (x, None, x, x)
     named = glu.arguments(x, x, *tensors, activation)
-    assert_no_spill(aot.compile(glu.glu_kernel, named, capability=90, num_warps=4, num_stages=3))
+    assert_no_spill(aot.compile(glu.glu_kernel, named, arch="sm90", num_warps=4, num_stages=3))
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(d, marks=[pytest.mark.full] * (d != "bf16")) for d in DTYPES])
@@ -110,4 +110,4 @@ def test_aot_square_sum(dtype):
         (square_sum.square_sum_kernel, square_sum.arguments(empty(8, 2**24, dtype=DTYPES[dtype]), partial)),
         (square_sum.partial_sum_kernel, square_sum.partial_arguments(partial, empty(8, dtype=torch.float64))),
     ):
-        assert_no_spill(aot.compile(kernel, named, capability=90, num_warps=4, num_stages=3))
+        assert_no_spill(aot.compile(kernel, named, arch="sm90", num_warps=4, num_stages=3))

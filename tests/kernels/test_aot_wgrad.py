@@ -7,26 +7,32 @@ from tpmp_kernels.kernels import tiles
 
 pytest.importorskip("triton")
 
-from aot_gemm import DTYPES, SIZES, TOKENS, Case, check, empty, sampled
+from aot_gemm import ALIGNED, DTYPES, TOKENS, cases, check, empty, sampled
 
 from tpmp_kernels.kernels import wgrad
 
 # The token count is the inner dimension here, and rows of the result are the features k of dZ's.
-GRID = [
-    Case(dtype, tile, tiles.Epilogue(residual=add), n, k)
-    for dtype in DTYPES
-    for n, k in SIZES[dtype]
-    for add in (False, True)
-    for tile in tiles.shipped("wgrad", k, n, TOKENS, dtype, arch=90, epilogue=tiles.Epilogue(residual=add))
-]
-HARDEST = [c for c in GRID if c.dtype == "bf16" and c.tile.block_n == 256 and c.epilogue.residual]
-SAMPLE = sampled(GRID, HARDEST, 1)
+EPILOGUES = [tiles.Epilogue(residual=add) for add in (False, True)]
+
+
+def aligned(n: int, k: int) -> bool:
+    return n == k == ALIGNED
+
+
+DX = "dx of a slice"
+GRID = cases("wgrad", EPILOGUES, EPILOGUES, aligned) + cases("wgrad", EPILOGUES[1:], EPILOGUES[1:], aligned, form=DX)
+SAMPLE = sampled(GRID, EPILOGUES[1:], 1)
 
 
 def check_wgrad(case) -> None:
     dtype, n, k = DTYPES[case.dtype], case.n, case.k
-    dz, x, main_grad = empty(TOKENS, k, dtype=dtype), empty(TOKENS, n, dtype=dtype), empty(k, n, dtype=torch.float32)
-    check(wgrad.wgrad_kernel, wgrad.arguments(dz, x, main_grad, case.epilogue.residual, case.tile), case)
+    if case.form == DX:
+        # The sum of a loss over slices of its vocabulary: dx += d @ W_s.
+        x, weight, out = empty(TOKENS, k, dtype=dtype), empty(k, n, dtype=dtype).t(), (TOKENS, n)
+    else:
+        x, weight, out = empty(TOKENS, k, dtype=dtype).t(), empty(TOKENS, n, dtype=dtype).t(), (k, n)
+    named = wgrad.arguments(x, weight, empty(*out, dtype=torch.float32), case.epilogue.residual, case.tile)
+    check(wgrad.wgrad_kernel, named, case)
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
@@ -42,7 +48,7 @@ def test_aot_wgrad_full(case):
 
 def test_aot_wgrad_takes_an_odd_token_count_at_full_speed():
     """Tokens are rows of both operands, so their number does not decide how wide the loads are."""
-    (case,) = HARDEST
+    case = SAMPLE[0]
     dz, x = (empty(4099, 4096, dtype=torch.bfloat16) for _ in range(2))
     main_grad = empty(4096, 4096, dtype=torch.float32)
-    check(wgrad.wgrad_kernel, wgrad.arguments(dz, x, main_grad, True, case.tile), case)
+    check(wgrad.wgrad_kernel, wgrad.arguments(dz.t(), x.t(), main_grad, True, case.tile), case)

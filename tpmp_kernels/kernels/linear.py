@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tpmp_kernels.kernels import gemm, tiles
 from tpmp_kernels.kernels.activations import activate
-from tpmp_kernels.kernels.gemm import grouped, halves, product
+from tpmp_kernels.kernels.gemm import grouped, halves, own_tiles, product, put
 
 
 # The token count is not specialised: divisibility of m helps no load, and each kind would be one more compilation.
@@ -21,6 +21,10 @@ def linear_kernel(
     ACTIVATION: tl.constexpr,
     X_ROWS_ADJACENT: tl.constexpr,
     WEIGHT_ROWS_ADJACENT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    STORE_DESCRIPTORS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -28,57 +32,53 @@ def linear_kernel(
     GROUP_M: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
-    row_block, col_block = grouped(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
-    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    acc = product(
-        x, weight, rows, col_block * BLOCK_N + tl.arange(0, BLOCK_N), m, n, k,
-        x_stride_m, x_stride_k, weight_stride_n, weight_stride_k,
-        X_ROWS_ADJACENT, WEIGHT_ROWS_ADJACENT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    finish_in_parts(
-        acc, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, rows, col_block * BLOCK_N,
-        ACTIVATION, BLOCK_M, BLOCK_N, PART,
-    )  # fmt: skip
+    first, last, step = own_tiles(tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N), PERSISTENT)
+    for index in tl.range(first, last, step, flatten=FLATTEN):
+        row_block, col_block = grouped(index, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+        first_row, first_col = row_block * BLOCK_M, col_block * BLOCK_N
+        acc = product(
+            x, weight, first_row, first_col, 0, k, m, n, k,
+            x_stride_m, x_stride_k, weight_stride_n, weight_stride_k,
+            X_ROWS_ADJACENT, WEIGHT_ROWS_ADJACENT, DESCRIPTORS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        finish(
+            acc, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, first_row, first_col,
+            ACTIVATION, STORE_DESCRIPTORS, BLOCK_M, BLOCK_N, PART,
+        )  # fmt: skip
 
 
 @triton.jit
-def finish_in_parts(
-    acc, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, rows, first_col,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+def finish(
+    acc, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, first_row, first_col,
+    ACTIVATION: tl.constexpr, STORE_DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
+    """The epilogue in fp32 and its stores, PART columns at a time: bias, pre-activation, activation, residual, y."""
     if BLOCK_N > PART:
         left, right = halves(acc, BLOCK_M, BLOCK_N)
-        finish_in_parts(
-            left, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, rows, first_col,
-            ACTIVATION, BLOCK_M, BLOCK_N // 2, PART,
+        finish(
+            left, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, first_row, first_col,
+            ACTIVATION, STORE_DESCRIPTORS, BLOCK_M, BLOCK_N // 2, PART,
         )  # fmt: skip
-        finish_in_parts(
-            right, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, rows,
-            first_col + BLOCK_N // 2, ACTIVATION, BLOCK_M, BLOCK_N // 2, PART,
+        finish(
+            right, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, first_row,
+            first_col + BLOCK_N // 2, ACTIVATION, STORE_DESCRIPTORS, BLOCK_M, BLOCK_N // 2, PART,
         )  # fmt: skip
     else:
-        cols = first_col + tl.arange(0, BLOCK_N)
-        _finish(acc, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, rows, cols, ACTIVATION)
-
-
-@triton.jit
-def _finish(
-    acc, bias, residual, y, preact, m, n, residual_stride_m, residual_stride_n, rows, cols, ACTIVATION: tl.constexpr
-):
-    """The epilogue in fp32 and its stores: bias, pre-activation, activation, residual, y."""
-    mask = (rows < m)[:, None] & (cols < n)[None, :]
-    rows = rows.to(tl.int64)[:, None]
-    cols = cols.to(tl.int64)[None, :]
-    if bias is not None:
-        acc += tl.load(bias + cols, mask=cols < n, other=0.0).to(tl.float32)
-    if preact is not None:
-        tl.store(preact + rows * n + cols, acc.to(preact.dtype.element_ty), mask=mask)
-    if y is not None:
-        acc = activate(acc, ACTIVATION)
-        if residual is not None:
-            residual_tile = residual + rows * residual_stride_m + cols * residual_stride_n
-            acc += tl.load(residual_tile, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y + rows * n + cols, acc.to(y.dtype.element_ty), mask=mask)
+        if bias is not None:
+            cols = first_col + tl.arange(0, BLOCK_N)[None, :]
+            acc += tl.load(bias + cols, mask=cols < n, other=0.0).to(tl.float32)
+        if preact is not None:
+            put(preact, acc, first_row, first_col, m, n, STORE_DESCRIPTORS)
+        if y is not None:
+            acc = activate(acc, ACTIVATION)
+            if residual is not None:
+                rows = first_row + tl.arange(0, BLOCK_M)[:, None]
+                cols = first_col + tl.arange(0, BLOCK_N)[None, :]
+                place = rows.to(tl.int64) * residual_stride_m + cols.to(tl.int64) * residual_stride_n
+                mask = (rows < m) & (cols < n)
+                acc += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+            put(y, acc, first_row, first_col, m, n, STORE_DESCRIPTORS)
 
 
 def linear(
@@ -130,8 +130,8 @@ def _run(
 ) -> None:  # fmt: skip
     if x.shape[0] == 0 or weight.shape[0] == 0:
         return
-    tile = gemm.choose("linear", x, weight, epilogue)
-    gemm.launch(linear_kernel, arguments(x, weight, bias, residual, y, z, epilogue.activation, tile), tile)
+    tile = gemm.choose("linear", x, weight, epilogue=epilogue)
+    gemm.launch(linear_kernel, arguments(x, weight, bias, residual, y, z, epilogue.activation, tile), tile, x.device)
 
 
 def arguments(
@@ -146,9 +146,9 @@ def arguments(
 ) -> dict[str, Any]:
     """Every argument of `linear_kernel` by name, as a launch passes them and as aot.compile takes them."""
     residual_strides = (0, 0) if residual is None else residual.stride()
-    return gemm.operands(x, weight, tile) | {
+    return gemm.operands(x, weight, tile) | gemm.results(tile, y=y, preact=preact) | {
         "bias": None if bias is None else bias.contiguous(),
-        "residual": residual, "y": y, "preact": preact,
+        "residual": residual,
         "residual_stride_m": residual_strides[0], "residual_stride_n": residual_strides[1],
         "ACTIVATION": activation,
     }  # fmt: skip

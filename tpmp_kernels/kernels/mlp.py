@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tpmp_kernels.kernels import gemm, tiles
 from tpmp_kernels.kernels.activations import activate, derivative
-from tpmp_kernels.kernels.gemm import grouped, halves, product
+from tpmp_kernels.kernels.gemm import grouped, halves, own_tiles, positions, product, put
 
 
 # The token count is not specialised, as in linear_kernel.
@@ -27,6 +27,10 @@ def mlp_dz_kernel(
     ACTIVATION: tl.constexpr,
     X_ROWS_ADJACENT: tl.constexpr,
     WEIGHT_ROWS_ADJACENT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    STORE_DESCRIPTORS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -34,57 +38,57 @@ def mlp_dz_kernel(
     GROUP_M: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
-    row_block, col_block = grouped(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
-    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    acc = product(
-        x, weight, rows, col_block * BLOCK_N + tl.arange(0, BLOCK_N), m, n, k,
-        x_stride_m, x_stride_k, weight_stride_n, weight_stride_k,
-        X_ROWS_ADJACENT, WEIGHT_ROWS_ADJACENT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    sums = None if partial is None else partial + row_block.to(tl.int64) * n
-    _finish_in_parts(
-        acc, preact, up, dz, dup, h, sums, m, n, rows, col_block * BLOCK_N, ACTIVATION, BLOCK_M, BLOCK_N, PART
-    )  # fmt: skip
+    first, last, step = own_tiles(tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N), PERSISTENT)
+    for index in tl.range(first, last, step, flatten=FLATTEN):
+        row_block, col_block = grouped(index, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+        first_row, first_col = row_block * BLOCK_M, col_block * BLOCK_N
+        acc = product(
+            x, weight, first_row, first_col, 0, k, m, n, k,
+            x_stride_m, x_stride_k, weight_stride_n, weight_stride_k,
+            X_ROWS_ADJACENT, WEIGHT_ROWS_ADJACENT, DESCRIPTORS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        sums = None if partial is None else partial + row_block.to(tl.int64) * n
+        _finish(
+            acc, preact, up, dz, dup, h, sums, m, n, first_row, first_col,
+            ACTIVATION, STORE_DESCRIPTORS, BLOCK_M, BLOCK_N, PART,
+        )  # fmt: skip
 
 
 @triton.jit
-def _finish_in_parts(
-    acc, preact, up, dz, dup, h, sums, m, n, rows, first_col,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+def _finish(
+    acc, preact, up, dz, dup, h, sums, m, n, first_row, first_col,
+    ACTIVATION: tl.constexpr, STORE_DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
+    """The epilogue in fp32, PART columns at a time: derivative, second factor, h, the sums over rows, stores."""
     if BLOCK_N > PART:
         left, right = halves(acc, BLOCK_M, BLOCK_N)
-        _finish_in_parts(
-            left, preact, up, dz, dup, h, sums, m, n, rows, first_col, ACTIVATION, BLOCK_M, BLOCK_N // 2, PART
+        _finish(
+            left, preact, up, dz, dup, h, sums, m, n, first_row, first_col,
+            ACTIVATION, STORE_DESCRIPTORS, BLOCK_M, BLOCK_N // 2, PART,
         )  # fmt: skip
-        _finish_in_parts(
-            right, preact, up, dz, dup, h, sums, m, n, rows, first_col + BLOCK_N // 2,
-            ACTIVATION, BLOCK_M, BLOCK_N // 2, PART,
+        _finish(
+            right, preact, up, dz, dup, h, sums, m, n, first_row, first_col + BLOCK_N // 2,
+            ACTIVATION, STORE_DESCRIPTORS, BLOCK_M, BLOCK_N // 2, PART,
         )  # fmt: skip
     else:
-        _finish(acc, preact, up, dz, dup, h, sums, m, n, rows, first_col + tl.arange(0, BLOCK_N), ACTIVATION)
-
-
-@triton.jit
-def _finish(acc, preact, up, dz, dup, h, sums, m, n, rows, cols, ACTIVATION: tl.constexpr):
-    """The epilogue in fp32: derivative, second factor, h and the sums over rows, and their stores."""
-    mask = (rows < m)[:, None] & (cols < n)[None, :]
-    place = rows.to(tl.int64)[:, None] * n + cols.to(tl.int64)[None, :]
-    z = tl.load(preact + place, mask=mask, other=0.0).to(tl.float32)
-    grad = acc * derivative(z, ACTIVATION)
-    if up is not None:
-        factor = tl.load(up + place, mask=mask, other=0.0).to(tl.float32)
-        active = activate(z, ACTIVATION)
-        grad *= factor
-        tl.store(dup + place, (acc * active).to(dup.dtype.element_ty), mask=mask)
-        if h is not None:
-            tl.store(h + place, (active * factor).to(h.dtype.element_ty), mask=mask)
-    elif h is not None:
-        tl.store(h + place, activate(z, ACTIVATION).to(h.dtype.element_ty), mask=mask)
-    tl.store(dz + place, grad.to(dz.dtype.element_ty), mask=mask)
-    if sums is not None:
-        # Rows past the end hold row 0's product, which must not count.
-        tl.store(sums + cols, tl.sum(tl.where(mask, grad, 0.0), axis=0), mask=cols < n)
+        place, mask = positions(first_row, first_col, m, n, BLOCK_M, BLOCK_N)
+        z = tl.load(preact + place, mask=mask, other=0.0).to(tl.float32)
+        grad = acc * derivative(z, ACTIVATION)
+        if up is not None:
+            factor = tl.load(up + place, mask=mask, other=0.0).to(tl.float32)
+            active = activate(z, ACTIVATION)
+            grad *= factor
+            put(dup, acc * active, first_row, first_col, m, n, STORE_DESCRIPTORS)
+            if h is not None:
+                put(h, active * factor, first_row, first_col, m, n, STORE_DESCRIPTORS)
+        elif h is not None:
+            put(h, activate(z, ACTIVATION), first_row, first_col, m, n, STORE_DESCRIPTORS)
+        put(dz, grad, first_row, first_col, m, n, STORE_DESCRIPTORS)
+        if sums is not None:
+            # Rows past the end may hold row 0's product, which must not count.
+            cols = first_col + tl.arange(0, BLOCK_N)
+            tl.store(sums + cols, tl.sum(tl.where(mask, grad, 0.0), axis=0), mask=cols < n)
 
 
 def mlp_dz(
@@ -116,12 +120,12 @@ def _run(
     dup = None if up is None else torch.empty_like(preact)
     h = torch.empty_like(preact) if need_h else None
     epilogue = tiles.Epilogue(activation, bias=bias, residual=up is not None, preact=need_h)
-    tile = gemm.choose("mlp_dz", dy, w_down.t(), epilogue)
+    tile = gemm.choose("mlp_dz", dy, w_down.t(), epilogue=epilogue)
     blocks = triton.cdiv(dy.shape[0], tile.block_m)
     partial = dy.new_empty(blocks, preact.shape[1], dtype=torch.float32) if bias else None
     if preact.numel() > 0:
         named = arguments(dy, w_down, preact, up, dz, dup, h, partial, activation, tile)
-        gemm.launch(mlp_dz_kernel, named, tile)
+        gemm.launch(mlp_dz_kernel, named, tile, dy.device)
     return dz, dup, h, partial
 
 
@@ -138,6 +142,6 @@ def arguments(
     tile: tiles.Tile,
 ) -> dict[str, Any]:
     """Every argument of `mlp_dz_kernel` by name, as a launch passes them and as aot.compile takes them."""
-    return gemm.operands(dy, w_down.t(), tile) | {
-        "preact": preact, "up": up, "dz": dz, "dup": dup, "h": h, "partial": partial, "ACTIVATION": activation,
+    return gemm.operands(dy, w_down.t(), tile) | gemm.results(tile, dz=dz, dup=dup, h=h) | {
+        "preact": preact, "up": up, "partial": partial, "ACTIVATION": activation,
     }  # fmt: skip

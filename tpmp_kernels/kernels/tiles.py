@@ -1,16 +1,29 @@
 """Which tile a GEMM runs with: a pure function of the problem, in integers, the same on every rank.
 
-Nothing here is timed: ranks that timed would choose differently, and differ in numerics or deadlock. Standard
-library only, so that a planner can ask without Triton.
+Nothing here is timed: ranks that timed would choose differently, and differ in numerics or deadlock. The candidates of
+each architecture are data, in tables/, made by `python -m benchmarks.tune` on a chip or taken from public lists; each
+row says which. Standard library only, so that a planner can ask without Triton.
 """
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+
+FOLDER = Path(__file__).with_name("tables")
+OPERATIONS = ("linear", "gated_linear", "mlp_dz", "wgrad")
+# How operands come: by TMA descriptors, by pointers 16 bytes at a time, or one element at a time. The last is for rows
+# that are not aligned to 16 bytes, and passes through registers.
+LOADS = ("descriptors", "vectors", "scalars")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One program computes block_m x block_n of Y in steps of block_k; group_m row blocks share one sweep of W."""
+    """One program computes block_m x block_n of Y in steps of block_k; group_m row blocks share one sweep of W.
+
+    Its epilogue works on `part` columns at a time. `persistent`: as many programs as multiprocessors, each taking one
+    tile after another; `flatten`: the loads of the next tile begin under the epilogue of this one.
+    """
 
     block_m: int
     block_n: int
@@ -18,6 +31,10 @@ class Tile:
     group_m: int
     num_warps: int
     num_stages: int
+    part: int
+    loads: str
+    persistent: bool = False
+    flatten: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,113 +53,125 @@ class Epilogue:
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """A tile, the cost of one output element in percent of the best tile's, and where it would spill registers.
+class _Row:
+    """A candidate of a table: a tile, the cost of one output element in percent of the best tile's, and for what.
 
-    `spills`: the epilogues that do not fit its registers; `ragged`: whether it takes an operand whose loads are not
-    16 bytes wide and pass through registers. Both as the ahead-of-time tests see them.
+    `spills`: the epilogues that do not fit its registers, each by the fields that matter; `since`, `until`: the Triton
+    versions that it serves, as (major, minor), `until` exclusive.
     """
 
     tile: Tile
-    percent: int
-    spills: tuple[Epilogue, ...] = ()
-    ragged: bool = True
+    operations: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    cost: int
+    spills: tuple[dict, ...]
+    since: tuple[int, int]
+    until: tuple[int, int]
+    origin: str
 
-    def fits(self, operation: str, dtype: str, arch: int, epilogue: Epilogue, ragged: bool) -> bool:
-        if epilogue in self.spills or (ragged and not self.ragged):
-            return False
-        t, weights = self.tile, 2 if operation == "gated_linear" else 1
-        columns = t.block_m + weights * t.block_n
-        return t.num_stages * columns * t.block_k * _ITEMSIZE[dtype] <= shared_limit(arch)
-
-
-_ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-# With nothing else in the epilogue the compiler runs an activation on all parts of the accumulator at once (gelu on
-# Triton 3.6, the other two on 3.9).
-_SMOOTH_ALONE = (Epilogue("gelu"), Epilogue("gelu_tanh"), Epilogue("silu"))
-# Two fp32 results and an fp32 residual.
-_ALL_WIDE = tuple(
-    Epilogue(activation, bias, residual=True, preact=True, wide=True)
-    for activation in (None, "gelu", "gelu_tanh", "silu", "relu", "relu2")
-    for bias in (False, True)
-)
-
-# A small tile reloads its operands more often; it wins only where it wastes less of the last wave. 64 rows are the
-# least that WGMMA takes.
-_HALF = (
-    _Candidate(Tile(128, 256, 64, 8, 8, 4), 100, spills=_SMOOTH_ALONE + _ALL_WIDE, ragged=False),
-    _Candidate(Tile(128, 128, 64, 8, 8, 4), 108),
-    _Candidate(Tile(64, 128, 64, 8, 4, 4), 130, ragged=False),
-    _Candidate(Tile(64, 64, 64, 8, 4, 4), 170),
-)
-# Two accumulators, or an epilogue with several operands of a full [M, N], leave no registers for 256 columns.
-_HALF_MLP = (
-    _Candidate(Tile(128, 128, 64, 8, 8, 4), 108),
-    _Candidate(Tile(64, 128, 64, 8, 8, 4), 130),
-    _Candidate(Tile(64, 64, 64, 8, 8, 4), 170),
-)
-_HALF_GATED = (
-    _Candidate(Tile(128, 128, 64, 8, 8, 4), 108, ragged=False),
-    _Candidate(Tile(64, 128, 64, 8, 8, 4), 130, ragged=False),
-    _Candidate(Tile(64, 64, 64, 8, 8, 4), 170),
-)
-# IEEE fp32 products run on the CUDA cores: the accumulator is what limits the tile.
-_SINGLE = (
-    _Candidate(Tile(128, 64, 16, 8, 8, 3), 100),
-    _Candidate(Tile(64, 64, 16, 8, 4, 3), 112),
-    _Candidate(Tile(32, 64, 16, 8, 4, 3), 160),
-)
-_SINGLE_NARROW = (
-    _Candidate(Tile(64, 64, 16, 8, 8, 3), 112),
-    _Candidate(Tile(32, 64, 16, 8, 4, 3), 160, ragged=False),
-)
-_CANDIDATES = {
-    "linear": {"half": _HALF, "fp32": _SINGLE},
-    "gated_linear": {"half": _HALF_GATED, "fp32": _SINGLE_NARROW},
-    "wgrad": {"half": _HALF, "fp32": _SINGLE},
-    "mlp_dz": {"half": _HALF_MLP, "fp32": _SINGLE_NARROW},
-}
-OPERATIONS = tuple(_CANDIDATES)
-# The axes that are adjacent in memory in each operation's operands: a transposed operand's is its row.
-_ADJACENT = {"linear": "k", "gated_linear": "k", "wgrad": "mn", "mlp_dz": "kn"}
-
-# Shared memory that one block may use, by compute capability (CUDA programming guide, table of technical data).
-_SHARED = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448}
-_SHARED_LEAST = 101_376
+    def serves(self, operation: str, dtype: str, epilogue: Epilogue, version: tuple[int, int]) -> bool:
+        return (
+            operation in self.operations
+            and dtype in self.dtypes
+            and self.since <= version < self.until
+            and not any(all(getattr(epilogue, name) == value for name, value in each.items()) for each in self.spills)
+        )
 
 
-def shared_limit(arch: int) -> int:
-    """Bytes of shared memory that one thread block may use on compute capability `arch` (90 for sm_90)."""
-    return _SHARED.get(arch, _SHARED_LEAST)
+def table(arch: str) -> str:
+    """The name of the table that serves an architecture: "sm90", "sm103", "gfx942"."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    return {"sm90": "sm90", "sm100": "sm100", "sm103": "sm100"}.get(arch, "sm80")
 
 
-def shipped(operation: str, m: int, n: int, k: int, dtype: str, *, arch: int, epilogue: Epilogue) -> list[Tile]:
+def shared_limit(arch: str) -> int:
+    """Bytes of shared memory that one thread block may use on `arch`: "sm90" for compute capability 9.0."""
+    return _SHARED.get(arch, 65_536 if arch.startswith("gfx") else 101_376)
+
+
+# CUDA programming guide, table of technical data; AMD CDNA 3 instruction set, LDS.
+_SHARED = {"sm80": 166_912, "sm87": 166_912, "sm90": 232_448, "sm100": 232_448, "sm103": 232_448}
+
+
+def shipped(
+    operation: str, dtype: str, *, arch: str, epilogue: Epilogue, triton_version: str, aligned: bool
+) -> list[Tile]:
     """Every tile that `tile` can return for such a problem: what the ahead-of-time tests compile."""
-    return [each.tile for each in _fitting(operation, m, n, k, dtype, arch, epilogue)]
+    return [row.tile for row in _candidates(operation, dtype, arch, epilogue, triton_version, aligned)]
 
 
 @lru_cache(maxsize=4096)
 def tile(
-    operation: str, m: int, n: int, k: int, dtype: str, *, arch: int, sms: int, epilogue: Epilogue, triton_version: str
+    operation: str,
+    m: int,
+    n: int,
+    k: int,
+    dtype: str,
+    *,
+    arch: str,
+    sms: int,
+    epilogue: Epilogue,
+    triton_version: str,
+    aligned: bool = True,
 ) -> Tile:
     """The tile for a result [m, n] = X [m, k] @ W^T in dtype "bf16" | "fp16" | "fp32" on `sms` multiprocessors.
 
     The least of waves x work per wave, where a wave is one tile on every multiprocessor; ties go to the larger tile.
-    `operation` is one of OPERATIONS. Today's candidates serve every Triton version; it is an argument because a tuned
-    table depends on it.
+    `operation` is one of OPERATIONS; `aligned`: the rows of both operands begin at multiples of 16 bytes.
     """
 
-    def cost(candidate: _Candidate) -> tuple[int, int]:
-        area = candidate.tile.block_m * candidate.tile.block_n
-        tiles = -(-m // candidate.tile.block_m) * -(-n // candidate.tile.block_n)
-        return -(-tiles // sms) * area * candidate.percent, -area
+    def cost(row: _Row) -> tuple[int, int]:
+        area = row.tile.block_m * row.tile.block_n
+        tiles = -(-m // row.tile.block_m) * -(-n // row.tile.block_n)
+        return -(-tiles // sms) * area * row.cost, -area
 
-    return min(_fitting(operation, m, n, k, dtype, arch, epilogue), key=cost).tile
+    return min(_candidates(operation, dtype, arch, epilogue, triton_version, aligned), key=cost).tile
 
 
-def _fitting(operation: str, m: int, n: int, k: int, dtype: str, arch: int, epilogue: Epilogue) -> list[_Candidate]:
-    size = {"m": m, "n": n, "k": k}
-    ragged = any(size[axis] * _ITEMSIZE[dtype] % 16 for axis in _ADJACENT[operation])
-    candidates = _CANDIDATES[operation]["fp32" if dtype == "fp32" else "half"]
-    return [each for each in candidates if each.fits(operation, dtype, arch, epilogue, ragged)]
+def splits(m: int, n: int, k: int, tile: Tile, sms: int) -> int:
+    """Into how many parts of K a product is cut that has too few tiles for the chip; the parts are added in order.
+
+    Where m and n are small: at most half the multiprocessors have a tile. A part is at least 8 steps of block_k, since
+    each also writes its tile to memory and reads it back.
+    """
+    tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
+    return max(1, min(sms // max(tiles, 1), k // (8 * tile.block_k), 16))
+
+
+def _candidates(
+    operation: str, dtype: str, arch: str, epilogue: Epilogue, triton_version: str, aligned: bool
+) -> list[_Row]:
+    version = tuple(int(part) for part in triton_version.split(".")[:2])
+    rows = [row for row in rows_of(table(arch)) if row.serves(operation, dtype, epilogue, version)]
+    fitting = [row for row in rows if shared_estimate(row.tile, operation, dtype) <= shared_limit(arch)]
+    for loads in ("descriptors", "vectors") if aligned else ("scalars",):
+        found = [row for row in fitting if row.tile.loads == loads]
+        if found:
+            return found
+    raise LookupError(f"tables/{table(arch)}.json has no tile for {operation} {dtype} {epilogue} aligned={aligned}")
+
+
+def shared_estimate(tile: Tile, operation: str, dtype: str) -> int:
+    """Bytes of shared memory at least: the operands of every stage."""
+    itemsize = 4 if dtype == "fp32" else 2
+    columns = tile.block_m + tile.block_n * (2 if operation == "gated_linear" else 1)
+    return tile.num_stages * columns * tile.block_k * itemsize
+
+
+@lru_cache
+def rows_of(name: str) -> tuple[_Row, ...]:
+    """The rows of tables/`name`.json, one for each way of loading that an entry lists."""
+    entries = json.loads((FOLDER / f"{name}.json").read_text())["rows"]
+    return tuple(_row(entry, loads) for entry in entries for loads in entry["loads"])
+
+
+def _row(entry: dict, loads: str) -> _Row:
+    persistent, flatten = entry.get("persistent", False), entry.get("flatten", False)
+    tile = Tile(*entry["block"], entry["group_m"], entry["warps"], entry["stages"], entry["part"], loads,
+                persistent, flatten)  # fmt: skip
+    since, until = (tuple(map(int, text.split("."))) for text in entry.get("triton", ["3.6", "4.0"]))
+    return _Row(
+        tile, tuple(entry["operations"]), tuple(entry["dtypes"]), entry["cost"], tuple(entry.get("spills", ())),
+        since, until, entry["origin"],
+    )  # fmt: skip

@@ -1,6 +1,7 @@
-"""The weight gradient dW = dZ^T @ X, added to an fp32 accumulator in the epilogue: read, add, write.
+"""A product added to an fp32 accumulator in the epilogue: read, add, write. The weight gradient dW += dZ^T @ X.
 
-The sum over tokens is one loop in one program, so the result is the same bits on every run.
+Without atomics, the same bits on every run. Where the result has too few tiles to fill the chip, K (of a weight
+gradient the tokens) is split: each part writes its own product, and a second kernel adds them in order.
 """
 
 from typing import Any
@@ -10,19 +11,24 @@ import triton.language as tl
 from torch import Tensor
 
 from tpmp_kernels.kernels import gemm, tiles
-from tpmp_kernels.kernels.gemm import grouped, product
-from tpmp_kernels.kernels.linear import finish_in_parts
+from tpmp_kernels.kernels.gemm import grouped, own_tiles, product
+from tpmp_kernels.kernels.linear import finish
+
+ADD_BLOCK = 1024
 
 
 # Here the token count is k.
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k", "depth"])
 def wgrad_kernel(
-    x, weight, main_grad,
-    m, n, k,
+    x, weight, out,
+    m, n, k, splits, depth,
     x_stride_m, x_stride_k, weight_stride_n, weight_stride_k,
     ADD: tl.constexpr,
     X_ROWS_ADJACENT: tl.constexpr,
     WEIGHT_ROWS_ADJACENT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -30,17 +36,36 @@ def wgrad_kernel(
     GROUP_M: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
-    row_block, col_block = grouped(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
-    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    acc = product(
-        x, weight, rows, col_block * BLOCK_N + tl.arange(0, BLOCK_N), m, n, k,
-        x_stride_m, x_stride_k, weight_stride_n, weight_stride_k,
-        X_ROWS_ADJACENT, WEIGHT_ROWS_ADJACENT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    finish_in_parts(
-        acc, None, main_grad if ADD else None, main_grad, None, m, n, n, 1, rows, col_block * BLOCK_N,
-        None, BLOCK_M, BLOCK_N, PART,
-    )  # fmt: skip
+    """out [splits, m, n] = X @ W^T over `depth` elements of K each, or with ADD (one split) added to out."""
+    tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
+    first, last, step = own_tiles(tiles * splits, PERSISTENT)
+    for index in tl.range(first, last, step, flatten=FLATTEN):
+        split = index // tiles
+        row_block, col_block = grouped(index % tiles, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+        first_row, first_col = row_block * BLOCK_M, col_block * BLOCK_N
+        acc = product(
+            x, weight, first_row, first_col, split * depth, depth, m, n, k,
+            x_stride_m, x_stride_k, weight_stride_n, weight_stride_k,
+            X_ROWS_ADJACENT, WEIGHT_ROWS_ADJACENT, DESCRIPTORS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        own = out + split.to(tl.int64) * m * n
+        finish(
+            acc, None, own if ADD else None, own, None, m, n, n, 1, first_row, first_col,
+            None, False, BLOCK_M, BLOCK_N, PART,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits"])
+def add_up_kernel(parts, out, size, splits, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """out [size] = parts [splits, size] summed over the splits in order, or with ADD out += that."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    total = tl.load(parts + at, mask=mask, other=0.0)
+    for split in range(1, splits):
+        total += tl.load(parts + tl.cast(split, tl.int64) * size + at, mask=mask, other=0.0)
+    if ADD:
+        total += tl.load(out + at, mask=mask, other=0.0)
+    tl.store(out + at, total, mask=mask)
 
 
 def wgrad(dz: Tensor, x: Tensor, main_grad: Tensor, *, add: bool) -> None:
@@ -48,12 +73,32 @@ def wgrad(dz: Tensor, x: Tensor, main_grad: Tensor, *, add: bool) -> None:
 
     dz [M, N], x [M, K] of one dtype (bf16, fp16, fp32), any strides; main_grad [N, K] fp32, contiguous.
     """
-    if main_grad.numel() == 0:
+    accumulate(dz.t(), x.t(), main_grad, add=add)
+
+
+def accumulate(x: Tensor, weight: Tensor, out: Tensor, *, add: bool) -> None:
+    """out += x @ weight^T, or out = x @ weight^T unless `add`.
+
+    x [M, K], weight [N, K] of one dtype (bf16, fp16, fp32), any strides; out [M, N] fp32, contiguous.
+    """
+    if out.numel() == 0:
         return
-    tile = gemm.choose("wgrad", dz.t(), x.t(), tiles.Epilogue(residual=add))
-    gemm.launch(wgrad_kernel, arguments(dz, x, main_grad, add, tile), tile)
+    tile = gemm.choose("wgrad", x, weight, epilogue=tiles.Epilogue(residual=add))
+    splits = tiles.splits(*out.shape, x.shape[1], tile, gemm.chip(x.device)[1])
+    if splits == 1:
+        gemm.launch(wgrad_kernel, arguments(x, weight, out, add, tile), tile, x.device)
+        return
+    parts = out.new_empty(splits, *out.shape)
+    gemm.launch(wgrad_kernel, arguments(x, weight, parts, False, tile, splits), tile, x.device, splits=splits)
+    with gemm.on(x.device):
+        add_up_kernel[(triton.cdiv(out.numel(), ADD_BLOCK),)](parts, out, out.numel(), splits, add, ADD_BLOCK)
 
 
-def arguments(dz: Tensor, x: Tensor, main_grad: Tensor, add: bool, tile: tiles.Tile) -> dict[str, Any]:
+def arguments(x: Tensor, weight: Tensor, out: Tensor, add: bool, tile: tiles.Tile, splits: int = 1) -> dict[str, Any]:
     """Every argument of `wgrad_kernel` by name, as a launch passes them and as aot.compile takes them."""
-    return gemm.operands(dz.t(), x.t(), tile) | {"main_grad": main_grad, "ADD": add}
+    steps = triton.cdiv(x.shape[1], tile.block_k)
+    return gemm.operands(x, weight, tile) | {
+        "out": out, "ADD": add,
+        "splits": splits, "depth": triton.cdiv(steps, splits) * tile.block_k,
+        "PART": tile.part // 2 if out.shape[-1] % 4 == 0 else gemm.RAGGED_PART,
+    }  # fmt: skip

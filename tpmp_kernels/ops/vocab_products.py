@@ -57,9 +57,9 @@ class Products:
         if self.dtype == self.wide:
             dx.addmm_(d, self._rows(ids))
         elif self.triton:
-            from tpmp_kernels.kernels.linear import linear
+            from tpmp_kernels.kernels.wgrad import accumulate
 
-            dx.copy_(linear(d, self.weight[ids].t(), residual=dx, out_dtype=self.wide)[0])
+            accumulate(d, self.weight[ids].t(), dx, add=True)
         else:
             dx.add_(torch.mm(d, self._rows(ids), out=self._buffer(("dx",), *dx.shape)))
 
