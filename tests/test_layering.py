@@ -17,7 +17,7 @@ LEVELS = {
     "tensor_parallel": 4, "pipeline": 4,
     "models": 5,
     "checkpoint": 6,
-    "training": 7, "bench": 7,
+    "training": 7, "bench": 7, "patching": 7,
     "prover": 8,
     "__main__": 9,
 }  # fmt: skip
@@ -30,7 +30,7 @@ STANDARD_LIBRARY_ONLY = [
     "pipeline/partition_pins.py", "pipeline/partition_search.py",
     *(f"pipeline/draw/{name}.py" for name in ("__init__", "layout", "palette", "panel", "pictures", "scale", "sheet")),
     *(f"pipeline/draw/{name}.py" for name in ("svg", "table", "terminal", "trace")),
-    "errors.py", "env.py", "__init__.py", "kernels/tiles.py",
+    "errors.py", "env.py", "__init__.py", "kernels/tiles.py", "kernels/dispatch.py",
 ]  # fmt: skip
 
 

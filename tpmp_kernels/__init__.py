@@ -13,17 +13,18 @@ from tpmp_kernels import env
 __version__ = "0.1.0"
 
 _ROOMS = (
-    "bench", "checkpoint", "comm", "errors", "kernels", "models", "ops", "pipeline", "prover",
+    "bench", "checkpoint", "comm", "errors", "kernels", "models", "ops", "patching", "pipeline", "prover",
     "reference", "tensor_parallel", "testing", "training",
 )  # fmt: skip
-__all__ = [*_ROOMS, "__version__", "verify"]
+_CALLS = {"patch": "patching", "verify": "prover"}
+__all__ = [*_ROOMS, *_CALLS, "__version__"]
 
 
 def __getattr__(name: str):
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
-    if name == "verify":
-        return importlib.import_module(f"{__name__}.prover").verify
+    if name in _CALLS:
+        return getattr(importlib.import_module(f"{__name__}.{_CALLS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
