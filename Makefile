@@ -7,7 +7,7 @@ STAMP := $(VENV)/installed
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint bench report peers triton36 gpu-check clean
+.PHONY: help venv demo test test-all lint bench report peers triton36 aot gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,13 +33,16 @@ TIMED := $(addprefix tests/,$(addsuffix .py,$(addprefix comm/test_,agreement bac
 # By file, those that take long and are few in a file first.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder tests/training $(TIMED:%=--ignore=%)
 
+# Hundreds of processes import the package: where the environment forbids bytecode, each would compile it anew.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest
+
 test: venv  ## the tests: a seeded sample of every large grid
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not gpu and not full' $(TWO) tests
-	$(RUN) -m pytest -m 'not gpu and not full' $(TIMED)
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and not full' $(TWO) tests
+	$(PYTEST) -m 'not gpu and not full' $(TIMED)
 
 test-all: venv  ## the full grids too
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not gpu' $(TWO) tests
-	$(RUN) -m pytest -m 'not gpu' $(TIMED)
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu' $(TWO) tests
+	$(PYTEST) -m 'not gpu' $(TIMED)
 
 lint: venv  ## ruff
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
@@ -56,6 +59,9 @@ peers: venv  ## the optional peers that benchmarks compare with
 
 triton36:  ## the oldest supported Triton, beside the environment, for ahead-of-time tests
 	$(PYTHON) -m pip install -q --target .triton36 --no-deps triton==3.6.0
+
+aot: venv triton36  ## every kernel on every shipped tile of four architectures, compiled by the newest and the oldest Triton
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not gpu' -n 2 tests/kernels -k aot
 
 # On a GPU machine nothing can be installed: this uses the machine's own Python, and collects the files for it alone,
 # because others import what such a machine lacks (hypothesis).

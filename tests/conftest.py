@@ -6,6 +6,13 @@ import torch
 from tpmp_kernels.testing import RankPool
 
 
+def pytest_pycollect_makeitem(collector, name, obj):
+    """A test that is left out is not even expanded: the full grids are ten thousand items."""
+    marks = {mark.name for mark in getattr(obj, "pytestmark", ())}
+    if any(f"not {mark}" in collector.config.option.markexpr for mark in marks & {"full", "gpu"}):
+        return []
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

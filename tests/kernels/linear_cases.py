@@ -47,7 +47,8 @@ class Draw:
         """A shipped tile of any architecture that takes these operands."""
         import triton
 
-        from tpmp_kernels.kernels.gemm import DTYPES, aligned
+        from tpmp_kernels.kernels.gemm import DTYPES
+        from tpmp_kernels.kernels.layout import aligned
 
         return self.rng.choice(
             tiles.shipped(

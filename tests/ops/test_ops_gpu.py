@@ -22,10 +22,12 @@ def test_cuda_linear_is_within_its_bound(dtype, activation, shape):
     torch.manual_seed(0)
     m, n, k = shape
     x, w, b, r = draw(k, m, dtype=dtype).t(), draw(n, k, dtype=dtype), draw(n, dtype=dtype), draw(m, n, dtype=dtype)
-    oracle, bound = linear_bound(x, w, b, activation=activation, residual=r, unfused=dtype is torch.float64)
     eager = reference.linear(x, w, b, activation=activation, residual=r)
     for saved in (False, True):
         y = ops.linear(x, w.requires_grad_(saved), b, activation=activation, residual=r).detach()
+        _, choice = ops.explain(ops.linear, x, w, b, activation=activation, residual=r, training=saved).products[0]
+        unfused = dtype is torch.float64 or choice.tile is None
+        oracle, bound = linear_bound(x, w.detach(), b, activation=activation, residual=r, unfused=unfused)
         assert_within(y, oracle, bound)
         assert_no_worse_than_torch(y, eager, oracle)
 
@@ -43,15 +45,58 @@ def test_cuda_gradients_follow_the_reference(problem, dtype):
         assert_no_worse_than_torch(ours.detach(), theirs.detach(), exact.detach(), least=1)
 
 
-def test_cuda_offsets_past_two_to_the_31():
+@pytest.mark.parametrize("k", [16, 17], ids=["descriptors", "pointers"])
+def test_cuda_offsets_past_two_to_the_31(k):
     """Y has 2^31 + 2^16 elements: its last row is right only with 64-bit offsets."""
     m, n = 2**15 + 1, 2**16
     if torch.cuda.mem_get_info()[0] < 3 * m * n * 2:
         pytest.skip("needs 13 GB of free GPU memory")
-    x, w = torch.randn(m, 16, device="cuda").bfloat16(), torch.randn(n, 16, device="cuda").bfloat16()
-    y = ops.linear(x, w)
-    torch.testing.assert_close(y[-1:], x[-1:] @ w.t())
-    torch.testing.assert_close(y[:1], x[:1] @ w.t())
+    x, w = torch.randn(m, k, device="cuda").bfloat16(), torch.randn(n, k, device="cuda").bfloat16()
+    assert ops.explain(ops.linear, x, w, activation="relu2", training=False).products[0][1].tile is not None
+    y = ops.linear(x, w, activation="relu2")
+    for row in (slice(-1, None), slice(1)):
+        torch.testing.assert_close(y[row], reference.linear(x[row].float(), w.float(), activation="relu2").bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(9000, 1024, 512), (4099, 129, 257), (300_000, 8, 8)], ids=str)
+def test_cuda_split_weight_gradients_are_exact_in_integers_and_the_same_again(dtype, shape):
+    """Few tiles, many tokens: parts of the tokens are added in order."""
+    from tpmp_kernels.kernels.wgrad import wgrad
+
+    tokens, n, k = shape
+    dz, x = (torch.randint(-1, 2, (tokens, width), device="cuda").to(dtype) for width in (n, k))
+    main_grad = torch.full((n, k), 7.0, device="cuda")
+    wgrad(dz, x, main_grad, add=True)
+    assert torch.equal(main_grad.double(), 7 + dz.double().t() @ x.double())
+    for _ in range(3):
+        again = torch.full((n, k), 7.0, device="cuda")
+        wgrad(dz, x, again, add=True)
+        assert torch.equal(again, main_grad)
+
+
+def test_cuda_capture_into_a_graph():
+    """Every GEMM of a gated MLP, forward and backward, captured once and replayed on other numbers."""
+    torch.manual_seed(0)
+    shapes = ((64, 128), (256, 128), (256, 128), (128, 256))
+    x, gate, up, down = (torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes)
+
+    def step():
+        y = ops.gated_mlp(x, gate, up, down)
+        return y, *torch.autograd.grad(y, [x, gate, up, down], torch.ones_like(y))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    for ours, eager in zip(captured, step(), strict=True):
+        assert torch.equal(ours, eager)
 
 
 def test_cuda_fullgraph():

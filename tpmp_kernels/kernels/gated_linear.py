@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpmp_kernels.kernels import gemm, tiles
+from tpmp_kernels.kernels import gemm, library, tiles
 from tpmp_kernels.kernels.activations import activate
 from tpmp_kernels.kernels.gemm import described, grouped, halves, offsets, own_tiles, put, within
 
@@ -124,28 +124,37 @@ def gated_linear(
 
     x [M, K], w_gate and w_up [N, K] of one dtype (bf16, fp16, fp32), any strides. Returns new contiguous tensors.
     """
+    tile = gemm.choose("gated_linear", x, w_gate, w_up, epilogue=tiles.Epilogue(activation, preact=store_preact))
+    if tile is None:
+        return library.gated_linear(x, w_gate, w_up, activation, store_preact)
     y = x.new_empty(x.shape[0], w_gate.shape[0])
     gate, up = (torch.empty_like(y), torch.empty_like(y)) if store_preact else (None, None)
-    _run(x, w_gate, w_up, y, gate, up, tiles.Epilogue(activation, preact=store_preact))
+    _run(x, w_gate, w_up, y, gate, up, activation, tile)
     return y, gate, up
 
 
 def preact(x: Tensor, w_gate: Tensor, w_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(gate, up) again, the same bits as `gated_linear` stored: the tile is its own."""
+    """(gate, up) again, the same bits as `gated_linear` stored: on its tile."""
+    tile = gemm.choose("gated_linear", x, w_gate, w_up, epilogue=tiles.Epilogue(activation, preact=True))
+    if tile is None:
+        return tuple(library.linear(x, weight, None, None, None, False)[0] for weight in (w_gate, w_up))
     gate, up = (x.new_empty(x.shape[0], w_gate.shape[0]) for _ in range(2))
-    _run(x, w_gate, w_up, None, gate, up, tiles.Epilogue(activation, preact=True))
+    _run(x, w_gate, w_up, None, gate, up, activation, tile)
     return gate, up
 
 
 def _run(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, y: Tensor | None, gate: Tensor | None, up: Tensor | None,
-    epilogue: tiles.Epilogue,
-) -> None:  # fmt: skip
-    if x.shape[0] == 0 or w_gate.shape[0] == 0:
-        return
-    tile = gemm.choose("gated_linear", x, w_gate, w_up, epilogue=epilogue)
-    named = arguments(x, w_gate, w_up, y, gate, up, epilogue.activation, tile)
-    gemm.launch(gated_linear_kernel, named, tile, x.device)
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    up: Tensor | None,
+    activation: str,
+    tile: tiles.Tile,
+) -> None:
+    if x.shape[0] > 0 and w_gate.shape[0] > 0:
+        gemm.launch(gated_linear_kernel, arguments(x, w_gate, w_up, y, gate, up, activation, tile), tile, x.device)
 
 
 def arguments(

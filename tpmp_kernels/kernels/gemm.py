@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tpmp_kernels.kernels import tiles
+from tpmp_kernels.kernels import dispatch, tiles
+from tpmp_kernels.kernels.layout import aligned, rows_adjacent
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # Columns of an epilogue at a time where rows of the result are not aligned to 16 bytes: each element then takes an
@@ -174,32 +175,21 @@ def results(tile: tiles.Tile, **named: Tensor | None) -> dict[str, Any]:
     return {**named, "STORE_DESCRIPTORS": descriptors, "PART": part}
 
 
-def rows_adjacent(operand: Tensor) -> bool:
-    return operand.stride(0) == 1 and operand.stride(1) != 1
+def choose(operation: str, x: Tensor, *weights: Tensor, epilogue: tiles.Epilogue) -> tiles.Tile | None:
+    """The tile for X [M, K] @ W^T on x's device, or None where cuBLASLt is the better choice.
 
-
-def aligned(operand: Tensor) -> bool:
-    """Whether one axis is adjacent in memory and steps of the other are multiples of 16 bytes, from such an address."""
-    pitch, adjacent = operand.stride() if not rows_adjacent(operand) else operand.stride()[::-1]
-    return (
-        adjacent == 1
-        and operand.numel() > 0
-        and pitch * operand.element_size() % 16 == 0
-        and pitch > 0
-        and operand.data_ptr() % 16 == 0
-    )
-
-
-def choose(operation: str, x: Tensor, *weights: Tensor, epilogue: tiles.Epilogue) -> tiles.Tile:
-    """The tile for X [M, K] @ W^T on x's device. TypeError for a dtype that no kernel takes."""
+    TypeError for a dtype that no kernel takes.
+    """
     if x.dtype not in DTYPES:
         raise TypeError(f"kernels.{operation}: dtype must be bf16, fp16 or fp32, got {x.dtype}; use ops.{operation}")
     (m, k), n = x.shape, weights[0].shape[0]
     arch, sms = chip(x.device)
-    return tiles.tile(
+    rule = dispatch.choose if x.is_cuda else tiles.tile
+    chosen = rule(
         operation, m, n, k, DTYPES[x.dtype], arch=arch, sms=sms, epilogue=epilogue,
         triton_version=triton.__version__, aligned=all(map(aligned, (x, *weights))),
     )  # fmt: skip
+    return chosen.tile if x.is_cuda else chosen
 
 
 def launch(kernel: Callable, named: dict[str, Any], tile: tiles.Tile, device: torch.device, *, splits: int = 1) -> None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpmp_kernels.kernels import gemm, tiles
+from tpmp_kernels.kernels import gemm, library, tiles
 from tpmp_kernels.kernels.activations import activate
 from tpmp_kernels.kernels.gemm import grouped, halves, own_tiles, product, put
 
@@ -97,9 +97,13 @@ def linear(
     any strides. Returns new contiguous tensors of out_dtype (x's by default, or fp32). fp32 is multiplied in IEEE
     arithmetic, not TF32.
     """
+    epilogue = _epilogue(x, out_dtype, activation, bias, residual is not None, store_preact)
+    tile = gemm.choose("linear", x, weight, epilogue=epilogue)
+    if tile is None:
+        return library.linear(x, weight, bias, residual, activation, store_preact)
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
     z = torch.empty_like(y) if store_preact else None
-    _run(x, weight, bias, residual, y, z, _epilogue(x, y, activation, bias, residual is not None, store_preact))
+    _run(x, weight, bias, residual, y, z, activation, tile)
     return y, z
 
 
@@ -113,25 +117,38 @@ def preact(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """z = x @ weight^T + bias alone, the bits that `linear` stored with that activation and residual: on its tile."""
+    tile = gemm.choose("linear", x, weight, epilogue=_epilogue(x, out_dtype, activation, bias, residual, True))
+    if tile is None:
+        return library.linear(x, weight, bias, None, None, False)[0]
     z = x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
-    _run(x, weight, bias, None, None, z, _epilogue(x, z, activation, bias, residual, True))
+    _run(x, weight, bias, None, None, z, activation, tile)
     return z
 
 
 def _epilogue(
-    x: Tensor, out: Tensor, activation: str | None, bias: Tensor | None, residual: bool, store_preact: bool
+    x: Tensor,
+    out_dtype: torch.dtype | None,
+    activation: str | None,
+    bias: Tensor | None,
+    residual: bool,
+    store_preact: bool,
 ) -> tiles.Epilogue:
-    return tiles.Epilogue(activation, bias is not None, residual, store_preact, wide=out.dtype != x.dtype)
+    wide = out_dtype not in (None, x.dtype)
+    return tiles.Epilogue(activation, bias is not None, residual, store_preact, wide)
 
 
 def _run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor | None, z: Tensor | None,
-    epilogue: tiles.Epilogue,
-) -> None:  # fmt: skip
-    if x.shape[0] == 0 or weight.shape[0] == 0:
-        return
-    tile = gemm.choose("linear", x, weight, epilogue=epilogue)
-    gemm.launch(linear_kernel, arguments(x, weight, bias, residual, y, z, epilogue.activation, tile), tile, x.device)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    z: Tensor | None,
+    activation: str | None,
+    tile: tiles.Tile,
+) -> None:
+    if x.shape[0] > 0 and weight.shape[0] > 0:
+        gemm.launch(linear_kernel, arguments(x, weight, bias, residual, y, z, activation, tile), tile, x.device)
 
 
 def arguments(

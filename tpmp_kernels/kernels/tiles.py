@@ -159,11 +159,31 @@ def shared_estimate(tile: Tile, operation: str, dtype: str) -> int:
     return tile.num_stages * columns * tile.block_k * itemsize
 
 
+@dataclass(frozen=True)
+class Chip:
+    """Rates of a chip: half-precision TFLOP/s of its library's GEMM, GB/s of a copy (read and write), and the speed of
+    our best tile in percent of the library's."""
+
+    tflops: int
+    gbytes: int
+    of_library: int
+    origin: str
+
+
+@lru_cache
+def chip(name: str) -> Chip:
+    """The chip of tables/`name`.json."""
+    return Chip(**_read(name)["chip"])
+
+
 @lru_cache
 def rows_of(name: str) -> tuple[_Row, ...]:
     """The rows of tables/`name`.json, one for each way of loading that an entry lists."""
-    entries = json.loads((FOLDER / f"{name}.json").read_text())["rows"]
-    return tuple(_row(entry, loads) for entry in entries for loads in entry["loads"])
+    return tuple(_row(entry, loads) for entry in _read(name)["rows"] for loads in entry["loads"])
+
+
+def _read(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text())
 
 
 def _row(entry: dict, loads: str) -> _Row:

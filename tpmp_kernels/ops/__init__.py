@@ -6,6 +6,7 @@ reference), and the name and signature of its unfused definition in `tpmp_kernel
 
 from tpmp_kernels.ops.backend import use_backend
 from tpmp_kernels.ops.cross_entropy import cross_entropy
+from tpmp_kernels.ops.explain import Explanation, explain
 from tpmp_kernels.ops.gated_linear import gated_linear
 from tpmp_kernels.ops.glu import glu
 from tpmp_kernels.ops.grad_norm import clip_grads_, grad_norm
@@ -19,12 +20,14 @@ from tpmp_kernels.ops.rope import Llama3Scaling, rope, rope_table
 from tpmp_kernels.ops.split import Later, dgrad, split_backward, tap, wgrad
 
 __all__ = [
+    "Explanation",
     "Later",
     "Llama3Scaling",
     "attach_main_grad",
     "clip_grads_",
     "cross_entropy",
     "dgrad",
+    "explain",
     "gated_linear",
     "gated_mlp",
     "glu",
