@@ -10,7 +10,7 @@ from tpmp_kernels.kernels import tiles
 
 pytest.importorskip("triton")
 
-from aot_checks import assert_no_spill
+from aot_checks import assert_no_spill, assert_wide
 from aot_gemm import ALIGNED, DTYPES, TOKENS, cases, check, empty, sampled
 
 from tpmp_kernels.kernels import activation_grad, aot, linear
@@ -66,7 +66,9 @@ def test_aot_activation_grad(activation):
     partial = torch.empty(m // activation_grad.BLOCK_M, n, device="meta")
     named = activation_grad.arguments(dy, z, dz, partial, activation)
     kernel = activation_grad.activation_grad_kernel
-    assert_no_spill(aot.compile(kernel, named, arch="sm90", num_warps=4, num_stages=1))
+    built = aot.compile(kernel, named, arch="sm90", num_warps=activation_grad.WARPS, num_stages=1)
+    assert_no_spill(built)
+    assert_wide(built)
 
 
 def test_aot_finds_an_operand_in_registers():

@@ -9,7 +9,7 @@ from tpmp_kernels import reference
 
 pytest.importorskip("triton")
 
-from aot_checks import assert_no_spill
+from aot_checks import assert_no_spill, assert_wide
 
 from tpmp_kernels.kernels import aot, glu, norms, rope, square_sum
 
@@ -23,6 +23,13 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) 
     return torch.empty(*shape, dtype=dtype, device="meta") if wanted else None
 
 
+def check(kernel, named: dict, num_warps: int, *, wide: bool) -> None:
+    built = aot.compile(kernel, named, arch="sm90", num_warps=num_warps, num_stages=3)
+    assert_no_spill(built)
+    if wide:
+        assert_wide(built)
+
+
 def compile_norm(dtype: torch.dtype, n: int, full: bool, *, centered: bool) -> None:
     x, row, factor = empty(ROWS, n, dtype=dtype), empty(n, dtype=dtype), empty(ROWS)
     shape = norms.block(n, norms.WIDEST)
@@ -31,7 +38,7 @@ def compile_norm(dtype: torch.dtype, n: int, full: bool, *, centered: bool) -> N
         x, optional, row, row if full and centered else None, x, optional, factor if centered else None, factor, 1e-5,
         shape,
     )  # fmt: skip
-    assert_no_spill(aot.compile(norms.norm_kernel, named, arch="sm90", num_warps=shape.num_warps, num_stages=3))
+    check(norms.norm_kernel, named, shape.num_warps, wide=n % 128 == 0)
 
 
 def compile_norm_backward(dtype: torch.dtype, n: int, full: bool, *, centered: bool) -> None:
@@ -41,9 +48,7 @@ def compile_norm_backward(dtype: torch.dtype, n: int, full: bool, *, centered: b
         x, x if full else None, x, row, factor if centered else None, factor, x, partial if full else None,
         partial if full and centered else None, 16 if shape.whole else 1, shape,
     )  # fmt: skip
-    assert_no_spill(
-        aot.compile(norms.norm_backward_kernel, named, arch="sm90", num_warps=shape.num_warps, num_stages=3)
-    )
+    check(norms.norm_backward_kernel, named, shape.num_warps, wide=n % 128 == 0)
 
 
 GRID = list(
@@ -87,7 +92,7 @@ def test_aot_rope(dtype, rotated, rest, heads, positions):
     q, k = (empty(4, 4096, count, rotated + rest, dtype=DTYPES[dtype]) for count in (heads, max(1, heads // 4)))
     ids = empty(4, 4096, dtype=torch.int64, wanted=positions)
     named = rope.arguments(q, k, empty(8192, rotated), ids, q, k, inverse=positions)
-    assert_no_spill(aot.compile(rope.rope_kernel, named, arch="sm90", num_warps=4, num_stages=3))
+    check(rope.rope_kernel, named, 4, wide=rotated % 128 == 0)
 
 
 GLUS = list(itertools.product(DTYPES, reference.GATES, (4096, 4099), ("forward", "backward")))
@@ -100,7 +105,7 @@ def test_aot_glu(dtype, activation, n, way):
     x = empty(ROWS, n, dtype=DTYPES[dtype])
     tensors = (None, x, None, None) if way == "forward" else (x, None, x, x)
     named = glu.arguments(x, x, *tensors, activation)
-    assert_no_spill(aot.compile(glu.glu_kernel, named, arch="sm90", num_warps=4, num_stages=3))
+    check(glu.glu_kernel, named, 4, wide=n % 128 == 0)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(d, marks=[pytest.mark.full] * (d != "bf16")) for d in DTYPES])
@@ -110,4 +115,4 @@ def test_aot_square_sum(dtype):
         (square_sum.square_sum_kernel, square_sum.arguments(empty(8, 2**24, dtype=DTYPES[dtype]), partial)),
         (square_sum.partial_sum_kernel, square_sum.partial_arguments(partial, empty(8, dtype=torch.float64))),
     ):
-        assert_no_spill(aot.compile(kernel, named, arch="sm90", num_warps=4, num_stages=3))
+        check(kernel, named, 4, wide=False)

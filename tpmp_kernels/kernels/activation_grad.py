@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tpmp_kernels.kernels.activations import derivative
 
-BLOCK_M, BLOCK_N = 64, 128
+BLOCK_M, BLOCK_N, WARPS = 64, 128, 8
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -52,7 +52,7 @@ def activation_grad(
         grid = (triton.cdiv(n, BLOCK_N), triton.cdiv(m, BLOCK_M))
         with torch.cuda.device_of(dy):
             named = arguments(dy, preact, dz, partial, activation)
-            activation_grad_kernel[grid](**named, num_warps=4, enable_fp_fusion=True)
+            activation_grad_kernel[grid](**named, num_warps=WARPS, enable_fp_fusion=True)
     return dz, None if partial is None else partial.sum(0).to(dz.dtype)
 
 
