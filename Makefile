@@ -7,7 +7,7 @@ STAMP := $(VENV)/installed
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint bench report peers triton36 aot gpu-check clean
+.PHONY: help venv demo test test-all lint bench report peers triton36 aot gpu-check gpu-sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,10 +65,13 @@ aot: venv triton36  ## every kernel on every shipped tile of four architectures,
 
 # On a GPU machine nothing can be installed: this uses the machine's own Python, and collects the files for it alone,
 # because others import what such a machine lacks (hypothesis).
-gpu-check:  ## on a GPU machine: the gpu tests and benchmarks, table last, rows under $$OUT
+gpu-check:  ## on a GPU machine: the gpu tests and benchmarks, table last, rows under $$OUT; SUITE=kernels or ops: all its cases
 	@$(PYTHON) -c "import sys; from importlib.util import find_spec; find_spec('torch') and __import__('torch').cuda.is_available() \
 	    or sys.exit('gpu-check: expected torch and a CUDA device, $(PYTHON) finds none; run it on a GPU machine')"
-	$(PYTHON) -m pytest -m gpu -o python_files='*_gpu.py' tests benchmarks
+	SUITE=$(SUITE) $(PYTHON) -m pytest -m gpu -o python_files='*_gpu.py' $(if $(SUITE),,tests) benchmarks
+
+gpu-sanitize:  ## on a GPU machine: the kernels' own tests under compute-sanitizer
+	compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -m gpu -o python_files='*_gpu.py' tests/ops -k 'within or exact'
 
 clean:  ## everything that make made
 	rm -rf $(VENV) .triton36 build dist *.egg-info tpmp_kernels/*.so

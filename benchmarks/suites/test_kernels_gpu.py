@@ -10,20 +10,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.chosen import chosen
 from benchmarks.gemms import fused_linear
 from benchmarks.oracle import assert_correct
 from tpmp_kernels import ops, reference
 from tpmp_kernels.bench import Bar, gemm_flop, interleave, rotating
 
 SUITE = "kernels"
-# Per-rank shapes of real models (M, N, K): a square; Llama-3 8B up at TP2, down at TP4, o_proj at TP8; GPT-3 up at TP8;
-# Llama-3 70B down at TP8.
-GEMMS = [
-    (8192, 8192, 8192), (2048, 7168, 4096), (8192, 4096, 3584), (8192, 4096, 512), (4096, 6144, 12288),
-    (8192, 8192, 3584),
-]  # fmt: skip
-FUSED = [(2048, 7168, 4096), (4096, 3072, 768), (8192, 8192, 8192)]
-GATED = [(4096, 7168, 4096)]
+# Per-rank shapes of real models (M, N, K), the first few in every run, all with SUITE=kernels: Llama-3 8B up at TP2, a
+# square, Llama-3 8B o_proj at TP8, GPT-3 up at TP8; then Llama-3 8B down, qkv and lm_head, Llama-3 70B up and down,
+# Qwen3-32B down, GPT-3 o_proj, DeepSeek-V3 o_proj, few tokens.
+GEMMS = chosen(SUITE, 4, [
+    (2048, 7168, 4096), (8192, 8192, 8192), (8192, 4096, 512), (4096, 6144, 12288),
+    (8192, 4096, 3584), (8192, 1536, 4096), (4096, 32064, 4096), (8192, 7168, 8192), (8192, 8192, 3584),
+    (4096, 5120, 6400), (4096, 12288, 3072), (4096, 7168, 4096), (1024, 7168, 4096), (128, 7168, 4096),
+])  # fmt: skip
+FUSED = chosen(SUITE, 2, [
+    (2048, 7168, 4096), (4096, 3072, 768), (8192, 8192, 8192), (8192, 6144, 12288), (8192, 8192, 1024),
+])  # fmt: skip
+GATED = chosen(SUITE, 1, [(4096, 7168, 4096), (8192, 1792, 4096), (4096, 3584, 8192), (4096, 12800, 5120)])
 CUBLAS, KERNEL, OPS = "cuBLAS GEMM", "tpmp kernel", "tpmp ops"
 
 
