@@ -7,9 +7,10 @@ from tpmp_kernels.kernels import tiles
 
 pytest.importorskip("triton")
 
-from aot_gemm import ALIGNED, DTYPES, TOKENS, cases, check, empty, sampled
+from aot_checks import assert_no_spill, assert_wide
+from aot_gemm import ALIGNED, ARCHES, DTYPES, TOKENS, cases, check, empty, sampled
 
-from tpmp_kernels.kernels import wgrad
+from tpmp_kernels.kernels import aot, wgrad
 
 # The token count is the inner dimension here, and rows of the result are the features k of dZ's.
 EPILOGUES = [tiles.Epilogue(residual=add) for add in (False, True)]
@@ -52,3 +53,13 @@ def test_aot_wgrad_takes_an_odd_token_count_at_full_speed():
     dz, x = (empty(4099, 4096, dtype=torch.bfloat16) for _ in range(2))
     main_grad = empty(4096, 4096, dtype=torch.float32)
     check(wgrad.wgrad_kernel, wgrad.arguments(dz.t(), x.t(), main_grad, True, case.tile), case)
+
+
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=[pytest.mark.full] * (a != "sm90")) for a in ARCHES])
+def test_aot_sum_of_the_parts(arch):
+    parts, out = empty(4, 1024, 1024, dtype=torch.float32), empty(1024, 1024, dtype=torch.float32)
+    named = {"parts": parts, "out": out, "size": out.numel(), "splits": 4, "ADD": True, "BLOCK": wgrad.ADD_BLOCK}
+    built = aot.compile(wgrad.add_up_kernel, named, arch=arch, num_warps=4, num_stages=3)
+    assert_no_spill(built)
+    if arch != "gfx942":
+        assert_wide(built)
