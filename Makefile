@@ -28,7 +28,7 @@ demo: venv  ## train a small language model with tp=2 x pp=2 on four processes, 
 
 # What is about deaths and deadlines has the machine for itself; all else runs on two workers.
 TIMED := $(addprefix tests/,$(addsuffix .py,$(addprefix comm/test_,agreement backend_life emulated faults lifecycle mismatches \
-    native out_of_band shm_transfers shm_transport) test_bench_comm training/test_launch pipeline/test_two_hosts \
+    native out_of_band overlap_timed shm_transfers shm_transport) test_bench_comm training/test_launch pipeline/test_two_hosts \
     pipeline/test_prediction pipeline/test_validate))
 # By file, those that take long and are few in a file first.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder tests/training $(TIMED:%=--ignore=%)

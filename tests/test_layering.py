@@ -30,7 +30,7 @@ STANDARD_LIBRARY_ONLY = [
     "pipeline/partition_pins.py", "pipeline/partition_search.py",
     *(f"pipeline/draw/{name}.py" for name in ("__init__", "layout", "palette", "panel", "pictures", "scale", "sheet")),
     *(f"pipeline/draw/{name}.py" for name in ("svg", "table", "terminal", "trace")),
-    "errors.py", "env.py", "__init__.py", "kernels/tiles.py", "kernels/dispatch.py",
+    "errors.py", "env.py", "__init__.py", "kernels/tiles.py", "kernels/dispatch.py", "comm/overlap/plan.py",
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ class VocabParallelHead(ShardedModule):
 
     bias = activation = None  # a column layer (column.py) without these
     gather_output = False
+    overlap = "none"
 
     def __init__(
         self,

@@ -11,13 +11,17 @@ The lower two are those of sequence parallelism: what lies between the pairs is 
 A column layer followed by a row layer needs one all-reduce forward and one backward for the pair (Megatron-LM, arXiv
 1909.08053); under sequence parallelism the same bytes move, and norms, dropout and residuals between the pairs take 1/R
 of the time and memory (arXiv 2205.05198). Layers that read the same X are called together: see column.py.
+
+overlap of a layer: "none", "chunked" or "auto", what its collective does under its GEMM (comm/overlap, which `rates`,
+those of overlap.calibrate, tell how fast things are). Chunked products have other shapes and may round differently.
 """
 
 from torch import Tensor, nn
 
 from tpmp_kernels import ops
-from tpmp_kernels.comm import autograd
+from tpmp_kernels.comm import autograd, overlap
 from tpmp_kernels.comm.communicator import Communicator
+from tpmp_kernels.comm.overlap import Rates
 from tpmp_kernels.tensor_parallel.column import column_linears, gathered_output
 from tpmp_kernels.tensor_parallel.shard import ShardedModule, shard_parameter
 
@@ -27,8 +31,11 @@ class ColumnParallelLinear(ShardedModule):
 
     gather_output: return Y [.., N]. input_is_copied: x comes whole from a copy or gather that the caller put in front,
     which also sums its gradient. replicas: neighbouring ranks that hold the same columns, of N / (R / replicas); their
-    gradients are partial sums, see gradients.py.
+    gradients are partial sums, see gradients.py. overlap "chunked": ValueError with an activation, which would lose its
+    place in the GEMM's epilogue ("auto" is then "none"), and with input_is_copied.
     """
+
+    overlap, rates = "none", None
 
     def __init__(
         self,
@@ -42,10 +49,18 @@ class ColumnParallelLinear(ShardedModule):
         input_is_copied: bool = False,
         sequence_parallel: bool = False,
         replicas: int = 1,
+        overlap: str = "none",
+        rates: Rates | None = None,
         dtype=None,
         device=None,
     ):
         super().__init__()
+        _check_overlap("ColumnParallelLinear", overlap)
+        if overlap == "chunked" and (activation is not None or input_is_copied):
+            raise ValueError(
+                'ColumnParallelLinear: overlap "chunked" cannot have an activation in the GEMM\'s epilogue, nor a copy '
+                "made by the caller; put the activation behind the layer, or use overlap auto or none"
+            )
         if gather_output and replicas > 1:
             raise ValueError(
                 f"ColumnParallelLinear: gather_output would repeat columns that {replicas} ranks share; keep the "
@@ -53,6 +68,7 @@ class ColumnParallelLinear(ShardedModule):
             )
         self.comm, self.activation, self.gather_output = comm, activation, gather_output
         self.input_is_copied, self.sequence_parallel = input_is_copied, sequence_parallel
+        self.overlap, self.rates = overlap, rates
         cut = {"axis": "out_features", "replicas": replicas, "dtype": dtype, "device": device}
         self.weight = shard_parameter((out_features, in_features), 0, comm, **cut)
         self.bias = shard_parameter((out_features,), 0, comm, **cut) if bias else None
@@ -70,6 +86,8 @@ class RowParallelLinear(ShardedModule):
     sequence_parallel: return Y_shard_m [M/R, N]; ValueError where R does not divide the M tokens of x.
     """
 
+    overlap, rates = "none", None
+
     def __init__(
         self,
         in_features: int,
@@ -79,10 +97,14 @@ class RowParallelLinear(ShardedModule):
         bias: bool = False,
         input_is_parallel: bool = True,
         sequence_parallel: bool = False,
+        overlap: str = "none",
+        rates: Rates | None = None,
         dtype=None,
         device=None,
     ):
         super().__init__()
+        _check_overlap("RowParallelLinear", overlap)
+        self.overlap, self.rates = overlap, rates
         self.comm, self.input_is_parallel, self.sequence_parallel = comm, input_is_parallel, sequence_parallel
         cut = {"axis": "in_features", "dtype": dtype, "device": device}
         self.weight = shard_parameter((out_features, in_features), 1, comm, **cut)
@@ -93,9 +115,22 @@ class RowParallelLinear(ShardedModule):
     def forward(self, x: Tensor) -> Tensor:
         if not self.input_is_parallel:
             x = autograd.split(x, self.comm, dim=-1, tag="row.input")
-        y = reduce_output(ops.linear(x, self.weight), self.comm, self.sequence_parallel, tag="RowParallelLinear")
+        y = self._reduced(x)
         # Behind the reduction: added in front of it the bias would count once for every rank.
         return y if self.bias is None else y + self.bias
+
+    def _reduced(self, x: Tensor) -> Tensor:
+        if self.overlap == "none":
+            return reduce_output(ops.linear(x, self.weight), self.comm, self.sequence_parallel, tag="RowParallelLinear")
+        how = {"mode": self.overlap, "rates": self.rates, "tag": "RowParallelLinear"}
+        if not self.sequence_parallel:
+            return overlap.linear_all_reduce(x, self.weight, self.comm, **how)
+        return overlap.linear_reduce_scatter(x.flatten(0, -2), self.weight, self.comm, **how)
+
+
+def _check_overlap(layer: str, mode: str) -> None:
+    if mode not in overlap.MODES:
+        raise ValueError(f"{layer}: overlap is {mode!r}; pass one of {', '.join(overlap.MODES)}")
 
 
 def reduce_output(y: Tensor, comm: Communicator, sequence_parallel: bool, *, tag: str) -> Tensor:
