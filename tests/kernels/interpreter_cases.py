@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import fused_loss_cases  # noqa: F401
 import interpreter
 import linear_cases  # noqa: F401
 import loss_cases  # noqa: F401

@@ -3,7 +3,8 @@
 Statistics are four numbers a row: peak = max z, others = sum exp(z - peak) but for the target, the target's logit (0
 where it is not among these columns) and, if asked for, the shortfall sum(peak - z). Both kernels take any piece of
 columns, the ids from `first` on, and cap the logits to cap tanh(z / cap) where there is a cap. A program owns whole
-rows: no atomics, the same bits on every run. What is computed from the statistics is in ops/vocab.py.
+rows: no atomics, the same bits on every run. What is computed from the statistics is in ops/vocab.py; the same two
+passes over logits that are never stored are in linear_cross_entropy.py.
 """
 
 from collections.abc import Callable
@@ -31,28 +32,53 @@ def statistics_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = tl.load(target + rows, mask=rows < m, other=0) - tl.cast(first, tl.int64)
-    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    others = tl.zeros((BLOCK_M,), tl.float32)
-    target_logit = tl.zeros((BLOCK_M,), tl.float32)
-    shortfall = tl.zeros((BLOCK_M,), tl.float32)
+    peak, others, target_logit, shortfall = of_no_columns(BLOCK_M)
     for start in range(0, n, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (rows < m)[:, None] & (cols < n)[None, :]
         offsets = rows[:, None] * z_stride_m + cols[None, :] * z_stride_n
         logits = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
-        if SOFTCAP is not None:
-            logits, _ = _capped(logits, SOFTCAP)
         is_target = mask & (cols[None, :] == place[:, None])
+        peak, others, target_logit, shortfall = with_columns(
+            peak, others, target_logit, shortfall, start, logits, mask, is_target, True, SOFTCAP, SHORTFALL
+        )
+    put_statistics(found, peak, others, target_logit, shortfall, rows, m)
+
+
+@triton.jit
+def of_no_columns(ROWS: tl.constexpr):
+    """(peak, others, target's logit, shortfall) before the first column."""
+    nothing = tl.zeros((ROWS,), tl.float32)
+    return tl.full((ROWS,), LOWEST, tl.float32), nothing, nothing, nothing
+
+
+@triton.jit
+def with_columns(
+    peak, others, target_logit, shortfall, seen, logits, mask, is_target, any_target,
+    SOFTCAP: tl.constexpr, SHORTFALL: tl.constexpr,
+):  # fmt: skip
+    """The statistics of `seen` columns of each row, and of those in the mask of logits [rows, columns], uncapped.
+
+    Where it is known that not any_target is among these, nothing looks for one.
+    """
+    if SOFTCAP is not None:
+        logits, _ = _capped(logits, SOFTCAP)
+    logits = tl.where(mask, logits, -float("inf"))
+    higher = tl.maximum(peak, tl.max(logits, axis=1))
+    if SHORTFALL:
+        # Before the first column there is no peak that the others could have risen from.
+        risen = tl.where(seen > 0, higher - peak, 0.0)
+        shortfall += seen * risen + tl.sum(tl.where(mask, higher[:, None] - logits, 0.0), axis=1)
+    if any_target:
         target_logit += tl.sum(tl.where(is_target, logits, 0.0), axis=1)
-        logits = tl.where(mask, logits, -float("inf"))
-        higher = tl.maximum(peak, tl.max(logits, axis=1))
-        if SHORTFALL:
-            # Before the first column there is no peak that the others could have risen from.
-            risen = tl.where(start > 0, higher - peak, 0.0)
-            shortfall += start * risen + tl.sum(tl.where(mask, higher[:, None] - logits, 0.0), axis=1)
-        exponentials = tl.where(is_target, 0.0, tl.exp(logits - higher[:, None]))
-        others = others * tl.exp(peak - higher) + tl.sum(exponentials, axis=1)
-        peak = higher
+        logits = tl.where(is_target, -float("inf"), logits)
+    others = others * tl.exp(peak - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
+    return higher, others, target_logit, shortfall
+
+
+@triton.jit
+def put_statistics(found, peak, others, target_logit, shortfall, rows, m):
+    """Into found [4, m]."""
     rows_of = tl.cast(m, tl.int64)
     tl.store(found + rows, peak, mask=rows < m)
     tl.store(found + rows_of + rows, others, mask=rows < m)
@@ -75,18 +101,30 @@ def gradient_kernel(
     place = tl.load(target + rows, mask=rows < m, other=0) - tl.cast(first, tl.int64)
     offsets = rows[:, None] * z_stride_m + cols[None, :] * z_stride_n
     logits = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
+    is_target = cols[None, :] == place[:, None]
+    d = gradient_of(logits, is_target, True, peak, scale, target_scale, truth, shift, rows, m, SOFTCAP)
+    places = out + rows[:, None] * out_stride_m + cols[None, :] * out_stride_n
+    tl.store(places, d.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gradient_of(
+    logits, is_target, any_target, peak, scale, target_scale, truth, shift, rows, m, SOFTCAP: tl.constexpr
+):  # fmt: skip
+    """d of logits [rows, columns], uncapped, in fp32, from the numbers of each row; any_target as in with_columns."""
     if SOFTCAP is not None:
         logits, slope = _capped(logits, SOFTCAP)
-    is_target = cols[None, :] == place[:, None]
     d = tl.exp(logits - _of_rows(peak, rows, m))
-    d *= tl.where(is_target, _of_rows(target_scale, rows, m), _of_rows(scale, rows, m))
-    d -= tl.where(is_target, _of_rows(truth, rows, m), 0.0)
+    if any_target:
+        d *= tl.where(is_target, _of_rows(target_scale, rows, m), _of_rows(scale, rows, m))
+        d -= tl.where(is_target, _of_rows(truth, rows, m), 0.0)
+    else:
+        d *= _of_rows(scale, rows, m)
     if shift is not None:
         d -= _of_rows(shift, rows, m)
     if SOFTCAP is not None:
         d *= slope
-    places = out + rows[:, None] * out_stride_m + cols[None, :] * out_stride_n
-    tl.store(places, d.to(out.dtype.element_ty), mask=mask)
+    return d
 
 
 @triton.jit

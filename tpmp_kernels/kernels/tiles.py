@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 FOLDER = Path(__file__).with_name("tables")
-OPERATIONS = ("linear", "gated_linear", "mlp_dz", "wgrad")
+OPERATIONS = ("linear", "gated_linear", "mlp_dz", "wgrad", "logits", "logits_d")
 # How operands come: by TMA descriptors, by pointers 16 bytes at a time, or one element at a time. The last is for rows
 # that are not aligned to 16 bytes, and passes through registers.
 LOADS = ("descriptors", "vectors", "scalars")
@@ -42,7 +42,8 @@ class Epilogue:
     """What happens between the accumulator and memory; operands of a full [M, N] cost registers and bandwidth.
 
     `wide`: fp32 results of a half-precision product. In mlp_dz `bias` is the bias gradient's partial sums, `residual`
-    the second factor of a gated MLP, and `preact` the activations made again.
+    the second factor of a gated MLP, and `preact` the activations made again. In logits and logits_d, whose logits are
+    not stored, `activation` is "softcap" and `residual` label smoothing: the shortfall or the shift of a row.
     """
 
     activation: str | None = None

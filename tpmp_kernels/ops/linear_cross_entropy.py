@@ -1,14 +1,15 @@
 """ops.linear_cross_entropy: the loss of x @ weight^T without the logits ever being whole, differentiable.
 
     recompute   forward   slices of the vocabulary: z = x @ W_s^T, statistics; one exchange over the group; loss
-    (default)   backward  the same slices and the same z: d, see ops/vocab.py; dx += d @ W_s, dW_s = d^T @ x
+    (default)   backward  the same slices and z again: d, see ops/vocab.py; dx += d @ W_s, dW_s = d^T @ x
     in forward  for each chunk of tokens: z of all slices, statistics, exchange, d over z, dx and dW += d^T @ x;
     (grad_scale)          backward hands dx and dW out
 
-Four GEMMs against three: the first form keeps three numbers a token for backward, the second dx and dW. Apple's Cut
-Cross-Entropy (arXiv 2411.09009) and Liger-Kernel (arXiv 2410.10989) are the two ideas; here both are exact and shared
-over ranks. x is the same on all ranks and dx complete, unless partial_dx: the op equals the one that holds the whole
-weight.
+Four GEMMs against three: the first form keeps three numbers a token for backward, the second dx and dW. On CUDA the
+first stores no logits: the epilogue of their GEMM makes the statistics, of all slices at once, or d of a slice. Apple's
+Cut Cross-Entropy (arXiv 2411.09009) and Liger-Kernel (arXiv 2410.10989) are the two ideas; here both are exact and
+shared over ranks. x is the same on all ranks and dx complete, unless partial_dx: the op equals the one that holds the
+whole weight.
 """
 
 from typing import Any

@@ -142,12 +142,22 @@ class Statistics:
             from tpmp_kernels.kernels import cross_entropy as kernel
 
             smooth = self.loss.label_smoothing > 0
-            self.pieces.append(kernel.statistics(z, self.target, first, self.loss.softcap, shortfall=smooth))
-            self.widths.append(z.shape[1])
+            self.take(kernel.statistics(z, self.target, first, self.loss.softcap, shortfall=smooth), z.shape[1])
             return
         for columns, tiles in _tiles(z):
-            self.pieces.append(self._of(z[:, columns], first + columns.start, tiles))
-            self.widths.append(columns.stop - columns.start)
+            self.take(self._of(z[:, columns], first + columns.start, tiles), columns.stop - columns.start)
+
+    def add_product(self, x: Tensor, weight: Tensor, first: int) -> None:
+        """As `add` of the logits x [T, D] @ weight^T [D, C], which are never stored; for the Triton backend."""
+        from tpmp_kernels.kernels import linear_cross_entropy as kernel
+
+        smooth, columns = self.loss.label_smoothing > 0, weight.shape[0]
+        self.take(kernel.statistics(x, weight, self.target, first, self.loss.softcap, shortfall=smooth), columns)
+
+    def take(self, found: Tensor, columns: int) -> None:
+        """found [4, T] are the statistics of so many columns more."""
+        self.pieces.append(found)
+        self.widths.append(columns)
 
     def _of(self, z: Tensor, first: int, tiles: list[slice]) -> Tensor:
         found = torch.zeros(4, z.shape[0], dtype=self.dtype, device=z.device)
@@ -313,6 +323,15 @@ class Gradient:
                     tile.copy_(work)
         (rows,) = owned.nonzero(as_tuple=True)
         out[rows, place[rows, 0]] = true[rows].to(out.dtype)
+
+    def of_product(self, x: Tensor, weight: Tensor, first: int) -> Tensor:
+        """d [T, C] in x's dtype of the logits x [T, D] @ weight^T, which are never stored; for the Triton backend."""
+        from tpmp_kernels.kernels import linear_cross_entropy as kernel
+
+        return kernel.gradient(
+            x, weight, self.target, first, self.peak, self.scale, self.target_scale, self.truth, self.shift,
+            softcap=self.loss.softcap,
+        )  # fmt: skip
 
     def _of_target(self, z: Tensor) -> Tensor:
         """d where the column is the token's target, z [T]."""

@@ -1,14 +1,15 @@
 """The GEMMs of a loss on slices of the vocabulary: z = x @ W_s^T, dx += d @ W_s, dW_s = d^T @ x or += it.
 
-Logits and dx are fp32 (fp64 for fp64). On CUDA operands keep their dtype. On the CPU, where torch has no
-half-precision GEMM with an fp32 result, each slice is widened and multiplied in fp32; only where bf16 GEMMs are the
+Logits and dx are fp32 (fp64 for fp64). On CUDA operands keep their dtype, and of logits that are not to be kept one
+kernel makes the statistics, of the whole vocabulary at once, or d: they are never stored. On the CPU, where torch has
+no half-precision GEMM with an fp32 result, each slice is widened and multiplied in fp32; only where bf16 GEMMs are the
 faster ones are they used, and the logits, like those of F.linear, rounded to bf16.
 """
 
 import torch
 from torch import Tensor
 
-from tpmp_kernels.ops import backend
+from tpmp_kernels.ops import backend, vocab
 from tpmp_kernels.ops.plain import fast_bf16
 
 # Elements of a slice of logits, and its narrowest and widest: on the CPU 16 MiB in fp32, for the third-level cache; on
@@ -17,7 +18,10 @@ _SLICES = {"cpu": (1 << 22, 256, 2048), "cuda": (1 << 26, 1024, 16384)}
 
 
 class Products:
-    """For at most `tokens` rows of features at a time. A slice has the same shapes, so the same bits, in every pass."""
+    """For at most `tokens` rows of features at a time.
+
+    A slice has the same shapes in every pass, and so the same bits wherever the logits are stored.
+    """
 
     def __init__(self, x: Tensor, weight: Tensor, tokens: int):
         self.weight = weight
@@ -39,6 +43,26 @@ class Products:
         """Features as the other calls take them."""
         return x.to(self.dtype).contiguous()
 
+    def add_statistics(self, found: vocab.Statistics, x: Tensor, first: int) -> None:
+        """Of all logits, the ids from `first` on, none of which are kept."""
+        if not self.triton:
+            for ids in self.slices():
+                found.add(self.logits(x, ids, keep=False), first + ids.start)
+        elif self.weight.shape[0] > 0:
+            found.add_product(x, self.weight, first)
+
+    def gradient(self, gradient: vocab.Gradient, x: Tensor, ids: slice, first: int) -> Tensor:
+        """d [T, C] of a slice as the other calls take it, from logits that are made again; the ids from `first` on."""
+        if self.triton:
+            return gradient.of_product(x, self.weight[ids], first + ids.start)
+        return self.gradient_of(gradient, self.logits(x, ids, keep=False), first + ids.start)
+
+    def gradient_of(self, gradient: vocab.Gradient, z: Tensor, first: int) -> Tensor:
+        """d of the logits z [T, C] of the ids from `first` on; over them, unless the GEMMs take another dtype."""
+        d = z if z.dtype == self.dtype else z.new_empty(z.shape, dtype=self.dtype)
+        gradient.put(d, z, first)
+        return d
+
     def logits(self, x: Tensor, ids: slice, *, keep: bool) -> Tensor:
         """z [T, C] of a slice, in a buffer that the next slice takes over unless they are to be kept."""
         if self.triton:
@@ -47,10 +71,6 @@ class Products:
             return linear(x, self.weight[ids], out_dtype=self.wide)[0]
         z = self._buffer(("logits", ids.start if keep else 0), x.shape[0], ids.stop - ids.start)
         return torch.mm(x, self._rows(ids).t(), out=z)
-
-    def gradient_buffer(self, z: Tensor) -> Tensor:
-        """Where d goes: over z, unless the GEMMs take another dtype."""
-        return z if z.dtype == self.dtype else z.new_empty(z.shape, dtype=self.dtype)
 
     def add_dx(self, dx: Tensor, d: Tensor, ids: slice) -> None:
         """dx [T, D] += d [T, C] @ W_s, in the wide dtype."""

@@ -22,8 +22,7 @@ def losses(x: Tensor, weight: Tensor, target: Tensor, loss: vocab.Loss) -> tuple
     products = Products(x, weight[: loss.classes(weight.shape[0])], target.numel())
     rows = products.operand(as_rows(x))
     found = vocab.Statistics(target, products.wide, loss)
-    for ids in products.slices():
-        found.add(products.logits(rows, ids, keep=False), loss.start + ids.start)
+    products.add_statistics(found, rows, loss.start)
     statistics = found.whole(_OP, weight.shape[0])
     return vocab.losses(statistics, target, loss), vocab.saved(statistics)
 
@@ -48,8 +47,8 @@ def gradients(
     dx = rows.new_zeros(rows.shape, dtype=products.wide) if need_x else None
     gradient = vocab.Gradient(vocab.upstream(dloss, target, loss), statistics, target, loss)
     for ids in products.slices():
-        z = products.logits(rows, ids, keep=False)
-        _spread(products, gradient, ids, z, rows, dx, dweight, add=add)
+        d = products.gradient(gradient, rows, ids, loss.start)
+        _spread(products, d, ids, rows, dx, dweight, add=add)
     if dweight is not None and not add:
         dweight[classes:] = 0
     return _given(dx, x, partial_dx, loss)
@@ -90,7 +89,8 @@ def losses_and_gradients(
         gradient = vocab.Gradient(g[tokens], vocab.saved(statistics), own, loss)
         own_dx = None if dx is None else dx[tokens]
         for ids, z in zip(products.slices(), logits, strict=True):
-            _spread(products, gradient, ids, z, rows, own_dx, dweight, add=tokens.start > 0)
+            d = products.gradient_of(gradient, z, loss.start + ids.start)
+            _spread(products, d, ids, rows, own_dx, dweight, add=tokens.start > 0)
     if dweight is not None:
         dweight[classes:] = 0
         dweight = dweight if wide else dweight.to(weight.dtype)
@@ -99,18 +99,15 @@ def losses_and_gradients(
 
 def _spread(
     products: Products,
-    gradient: vocab.Gradient,
+    d: Tensor,
     ids: slice,
-    z: Tensor,
     rows: Tensor,
     dx: Tensor | None,
     dweight: Tensor | None,
     *,
     add: bool,
 ) -> None:
-    """From the logits of a slice its d, over them where it can be, and what that is to dx and dweight."""
-    d = products.gradient_buffer(z)
-    gradient.put(d, z, gradient.loss.start + ids.start)
+    """What d of a slice is to dx and dweight."""
     if dx is not None:
         products.add_dx(dx, d, ids)
     if dweight is not None:
