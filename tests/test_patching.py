@@ -585,7 +585,7 @@ def test_a_model_without_any_is_refused():
 # ---- torch.compile, CUDA graphs
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.full] * (k == "llama")) for k in MODELS])
 def test_compiles_as_one_graph(kind):
     model = make(lambda: MODELS[kind](layers=1))
     tpmp_kernels.patch(model)
