@@ -66,6 +66,7 @@ def test_every_schedule_follows_one_process():
         assert 0 < row["p20"] <= row["median"] <= row["p80"]
 
 
+@pytest.mark.full
 def test_schedule_that_cannot_run_is_a_row_with_the_reason(run):
     (row,) = run(pipelining_gpt, "--schedule", "ZBVZeroBubble", "--layers", "2")
     assert "2 layers do not divide into 4 stages" in row["note"]

@@ -33,6 +33,7 @@ def losses_of_one_process(options: list[str]) -> list[float]:
     return [step(i) for i in range(3)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("run", [run_ours, run_megatron])
 def test_program_follows_one_process(ranks, run):
     if run is run_megatron and megatron_layers.missing():

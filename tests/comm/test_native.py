@@ -91,6 +91,7 @@ def check_threads(lines: list[dict], batches: int):
         assert calls > batches * int(line["world"]) and transfers > 0 and failures == 0, line
 
 
+@pytest.mark.full
 def test_random_calls_of_threads_are_right(native):
     check_threads(native("plain", "threads", seed(), 10), 10)
 

@@ -148,7 +148,7 @@ def fused_loss_on_any_number_of_multiprocessors() -> None:
     d, tile = Draw(1, torch.float16), tiles.Tile(64, 64, 32, 2, 4, 1, 32, "scalars", True, True)
     x, weight, target = d.tensor(130, 40), d.tensor(300, 40), torch.arange(130) * 2
     results = []
-    for sms in (1, 4, 132):
+    for sms in (1, 4):
         parts, dz = torch.empty(5, 4, 130), torch.empty(130, 304, dtype=torch.float16)
         rows = [torch.ones(130)] * 4
         with mock.patch.object(gemm, "chip", lambda _, n=sms: ("", n)):
@@ -265,5 +265,5 @@ def check_fused_loss_empty(dtype: torch.dtype) -> None:
 each_dtype("fused_loss_empty", check_fused_loss_empty)
 each_dtype("fused_loss_launches", check_fused_loss_launches)
 random_cases("fused_loss_statistics", check_fused_loss_statistics, sample=4)
-random_cases("fused_loss_combined", check_fused_loss_combined, sample=2)
+random_cases("fused_loss_combined", check_fused_loss_combined, sample=8)
 random_cases("fused_loss_gradient", check_fused_loss_gradient, sample=4)

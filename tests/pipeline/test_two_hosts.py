@@ -78,6 +78,7 @@ def one_process() -> tuple[list[float], list[float]]:
     return losses[:MICROBATCHES], [block.weight.grad.double().sum().item() for block in blocks]
 
 
+@pytest.mark.full
 def test_over_a_link_of_1_gbit_the_pipeline_is_right_and_hides_its_transfers(monkeypatch):
     """Both to the bit; of the time that all messages take one after the other, at most a fifth is waited for."""
     with two_hosts():

@@ -139,6 +139,7 @@ def started():
 QUICK = ("--quick", "--pp", "1", "--microbatches", "2")
 
 
+@pytest.mark.full
 def test_the_demo_model_is_equal(started):
     code, out, err = started("-m", "tpmp_kernels", "verify", *QUICK).finish()
     assert (code, err) == (0, "")
