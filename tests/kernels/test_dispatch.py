@@ -27,6 +27,7 @@ def choose(k, epilogue, *, operation="linear", m=8192, n=8192, dtype="bf16", arc
 def test_what_the_library_fuses_itself_is_left_to_it(epilogue):
     choice = choose(1024, epilogue)
     assert choice.tile is None and choice.passes == 0
+    assert "it fuses all" in str(choice)
 
 
 @pytest.mark.parametrize(

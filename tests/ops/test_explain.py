@@ -25,6 +25,16 @@ def test_a_linear_has_three_products_and_says_why():
     assert "forward" in only
 
 
+def test_pre_activations_are_kept_for_training_alone():
+    def choice(**options):
+        return ops.explain(ops.linear, meta(512, 256), meta(1024, 256), activation="silu", arch="sm90", **options)
+
+    (_, kept), *_ = choice().products
+    for options in ({"training": False}, {"save_preact": False}):
+        (_, dropped), *_ = choice(**options).products
+        assert dropped.ours < kept.ours
+
+
 def test_a_main_grad_is_accumulated_by_our_kernel():
     weight = torch.nn.Parameter(torch.randn(64, 32))
     ops.attach_main_grad([weight])
