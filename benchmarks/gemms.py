@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
-from tpmp_kernels.kernels import gated_linear, gemm, layout, linear, mlp, tiles, wgrad
+from tpmp_kernels.kernels import gated_linear, gemm, linear, mlp, tiles, wgrad
 
 # What stands behind the product of each operation when it is tuned: the usual call of a transformer layer.
 EPILOGUES = {
@@ -84,14 +83,8 @@ def fused_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
 ) -> torch.Tensor:
     """act(x @ weight^T + bias) by our kernel on its table's tile, where `ops.linear` might take the library."""
-    (m, k), n = x.shape, weight.shape[0]
-    epilogue = tiles.Epilogue(activation, bias is not None)
-    arch, sms = gemm.chip(x.device)
-    tile = tiles.tile(
-        "linear", m, n, k, gemm.DTYPES[x.dtype], arch=arch, sms=sms, epilogue=epilogue,
-        triton_version=triton.__version__, aligned=layout.aligned(x) and layout.aligned(weight),
-    )  # fmt: skip
-    y = x.new_empty(m, n)
+    tile = gemm.own_tile("linear", x, weight, epilogue=tiles.Epilogue(activation, bias is not None))
+    y = x.new_empty(x.shape[0], weight.shape[0])
     named = linear.arguments(x, weight, bias, None, y, None, activation, tile)
     gemm.launch(linear.linear_kernel, named, tile, x.device)
     return y

@@ -16,8 +16,6 @@ LIBRARY_ACTIVATIONS = ("relu", "gelu_tanh")
 _OURS_ALONE = {
     "mlp_dz": "writes dz, its bias gradient and the activations made again in one epilogue",
     "wgrad": "adds to fp32 in its epilogue",
-    "logits": "keeps the statistics of each row alone",
-    "logits_d": "makes the gradient of the logits in its epilogue",
 }
 _LAUNCH = 2_000  # ns from the end of one kernel to the start of the next on one stream
 
@@ -65,7 +63,7 @@ def choose(
     triton_version: str,
     aligned: bool = True,
 ) -> Choice:
-    """The choice for a result [m, n] of one of tiles.OPERATIONS; arguments as for `tiles.tile`."""
+    """The choice for a result [m, n] of linear, gated_linear, mlp_dz or wgrad; arguments as for `tiles.tile`."""
     tile = tiles.tile(
         operation, m, n, k, dtype, arch=arch, sms=sms, epilogue=epilogue, triton_version=triton_version, aligned=aligned
     )

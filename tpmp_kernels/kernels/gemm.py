@@ -176,20 +176,25 @@ def results(tile: tiles.Tile, **named: Tensor | None) -> dict[str, Any]:
 
 
 def choose(operation: str, x: Tensor, *weights: Tensor, epilogue: tiles.Epilogue) -> tiles.Tile | None:
-    """The tile for X [M, K] @ W^T on x's device, or None where cuBLASLt is the better choice.
+    """The tile for X [M, K] @ W^T on x's device, or None where torch's GEMM is the better choice: see dispatch.py."""
+    if not x.is_cuda:
+        return own_tile(operation, x, *weights, epilogue=epilogue)
+    return dispatch.choose(operation, **_problem(operation, x, weights), epilogue=epilogue).tile
 
-    TypeError for a dtype that no kernel takes.
-    """
+
+def own_tile(operation: str, x: Tensor, *weights: Tensor, epilogue: tiles.Epilogue) -> tiles.Tile:
+    """The tile of our kernel, whatever torch's GEMM might do. TypeError for a dtype that no kernel takes."""
+    return tiles.tile(operation, **_problem(operation, x, weights), epilogue=epilogue)
+
+
+def _problem(operation: str, x: Tensor, weights: tuple[Tensor, ...]) -> dict[str, Any]:
     if x.dtype not in DTYPES:
         raise TypeError(f"kernels.{operation}: dtype must be bf16, fp16 or fp32, got {x.dtype}; use ops.{operation}")
-    (m, k), n = x.shape, weights[0].shape[0]
     arch, sms = chip(x.device)
-    rule = dispatch.choose if x.is_cuda else tiles.tile
-    chosen = rule(
-        operation, m, n, k, DTYPES[x.dtype], arch=arch, sms=sms, epilogue=epilogue,
-        triton_version=triton.__version__, aligned=all(map(aligned, (x, *weights))),
-    )  # fmt: skip
-    return chosen.tile if x.is_cuda else chosen
+    return {
+        "m": x.shape[0], "n": weights[0].shape[0], "k": x.shape[1], "dtype": DTYPES[x.dtype], "arch": arch, "sms": sms,
+        "triton_version": triton.__version__, "aligned": all(map(aligned, (x, *weights))),
+    }  # fmt: skip
 
 
 def launch(kernel: Callable, named: dict[str, Any], tile: tiles.Tile, device: torch.device, *, splits: int = 1) -> None:

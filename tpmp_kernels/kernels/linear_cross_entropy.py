@@ -201,7 +201,7 @@ def statistics(
     if m == 0 or n == 0:
         found.zero_()[0] = LOWEST.value
         return found
-    tile = _tile("logits", x, weight, epilogue(softcap, shortfall))
+    tile = gemm.own_tile("logits", x, weight, epilogue=epilogue(softcap, shortfall))
     parts = found.new_empty(triton.cdiv(n, tile.block_n), 4, m)
     named = statistics_arguments(x, weight, target.contiguous(), parts, first, softcap, shortfall, tile)
     gemm.launch(logits_statistics_kernel, named, tile, x.device)
@@ -231,7 +231,7 @@ def gradient(
     n = weight.shape[0]
     d = x.new_empty(x.shape[0], triton.cdiv(n, PITCH) * PITCH)
     if d.numel() > 0:
-        tile = _tile("logits_d", x, weight, epilogue(softcap, shift is not None))
+        tile = gemm.own_tile("logits_d", x, weight, epilogue=epilogue(softcap, shift is not None))
         named = gradient_arguments(
             x, weight, d, target.contiguous(), first, peak, scale, target_scale, truth, shift, softcap, tile
         )
@@ -242,17 +242,6 @@ def gradient(
 def epilogue(softcap: float | None, smoothed: bool) -> tiles.Epilogue:
     """As the tables name it: the shortfall in a forward, the shift in a backward, are a residual."""
     return tiles.Epilogue(None if softcap is None else "softcap", residual=smoothed)
-
-
-def _tile(operation: str, x: Tensor, weight: Tensor, epilogue: tiles.Epilogue) -> tiles.Tile:
-    """Ours at any size: a library's GEMM would have to write the logits. TypeError for a dtype that no kernel takes."""
-    if x.dtype not in gemm.DTYPES:
-        raise TypeError(f"kernels.linear_cross_entropy: dtype must be bf16, fp16 or fp32, got {x.dtype}; use the op")
-    arch, sms = gemm.chip(x.device)
-    return tiles.tile(
-        operation, x.shape[0], weight.shape[0], x.shape[1], gemm.DTYPES[x.dtype], arch=arch, sms=sms,
-        epilogue=epilogue, triton_version=triton.__version__, aligned=gemm.aligned(x) and gemm.aligned(weight),
-    )  # fmt: skip
 
 
 def statistics_arguments(
