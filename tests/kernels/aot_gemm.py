@@ -46,11 +46,16 @@ def cases(
     operation: str, epilogues: list[tiles.Epilogue], few: list[tiles.Epilogue], aligned: Callable[[int, int], bool],
     form: str = "",
 ) -> list[Case]:  # fmt: skip
-    """Every shipped tile with the epilogues that may meet it, rows in memory aligned to 16 bytes or odd.
+    """Every shipped tile with the least and the most an epilogue may do, rows in memory aligned to 16 bytes or odd.
 
-    `few` of the epilogues for all tiles; every one for the bf16 tile that has most in registers on sm_90, where rows
-    are aligned. fp16 differs from bf16 in the name of the instruction. `aligned(n, k)`: whether the operands' rows are.
+    `few` of the epilogues for all tiles. For the bf16 tile that has most in registers, rows aligned: each activation
+    with all that may stand beside it, and on sm_90 every epilogue. fp16 differs from bf16 in the name of the
+    instruction. `aligned(n, k)`: whether the operands' rows are.
     """
+
+    def full(epilogue: tiles.Epilogue) -> bool:
+        return flags(epilogue) == max(flags(other) for other in epilogues if other.activation == epilogue.activation)
+
     grid = []
     for arch in ARCHES:
         for dtype in DTYPES:
@@ -64,10 +69,14 @@ def cases(
                         operation, dtype, arch=arch, epilogue=epilogue, triton_version=triton.__version__,
                         aligned=aligned(n, k),
                     )  # fmt: skip
-                    every = (arch, dtype, n, k) == ("sm90", "bf16", ALIGNED, ALIGNED)
-                    chosen = found if epilogue in few else [max(found, key=area)] if every else []
+                    largest = (dtype, n, k) == ("bf16", ALIGNED, ALIGNED) and (arch == "sm90" or full(epilogue))
+                    chosen = found if epilogue in few else [max(found, key=area)] if largest else []
                     grid += [Case(arch, dtype, tile, epilogue, n, k, form) for tile in chosen]
     return grid
+
+
+def flags(epilogue: tiles.Epilogue) -> int:
+    return epilogue.bias + epilogue.residual + epilogue.preact + epilogue.wide
 
 
 def area(tile: tiles.Tile) -> int:

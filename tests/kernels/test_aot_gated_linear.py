@@ -18,7 +18,7 @@ def aligned(n: int, k: int) -> bool:
     return k == ALIGNED
 
 
-GRID = cases("gated_linear", EPILOGUES, EPILOGUES, aligned)
+GRID = cases("gated_linear", EPILOGUES, [e for e in EPILOGUES if e.activation == "gelu"], aligned)
 GRID += cases("gated_linear", [tiles.Epilogue("silu", preact=True)], [], aligned, form="gate and up alone")
 SAMPLE = sampled(GRID, [tiles.Epilogue("gelu", preact=True)], 1)
 

@@ -26,7 +26,7 @@ def aligned(n: int, k: int) -> bool:
     return n == k == ALIGNED
 
 
-GRID = cases("mlp_dz", PLAIN + GATED, PLAIN + GATED, aligned)
+GRID = cases("mlp_dz", PLAIN + GATED, [tiles.Epilogue("gelu"), *HARDEST], aligned)
 SAMPLE = sampled(GRID, HARDEST, 1)
 
 
