@@ -9,10 +9,10 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from tpmp_kernels.comm.process_group import presence
-from tpmp_kernels.comm.process_group.agreement import Judge, circle
-from tpmp_kernels.comm.process_group.bulletin import Bulletin
-from tpmp_kernels.comm.process_group.reports import COLLECTIVES, Call, Report
+from tpmp_kernels.comm.out_of_band import presence
+from tpmp_kernels.comm.out_of_band.agreement import Judge, circle
+from tpmp_kernels.comm.out_of_band.bulletin import Bulletin
+from tpmp_kernels.comm.out_of_band.reports import COLLECTIVES, Call, Report
 
 _CHANGES = {
     "kind": {"kind": "barrier"},
@@ -181,8 +181,7 @@ def test_a_rank_of_another_host_is_dead_when_it_has_been_silent(monkeypatch):
 
 def test_a_process_is_gone_when_it_ended_be_it_reaped_or_not():
     program = (
-        "from tpmp_kernels.comm.process_group import presence\n"
-        "print(*presence.identity(), sep='|', flush=True); input()"
+        "from tpmp_kernels.comm.out_of_band import presence\nprint(*presence.identity(), sep='|', flush=True); input()"
     )
     child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     host, pid, start = child.stdout.readline().strip().split("|")

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from shm_world import caught
 
+from tpmp_kernels.comm.out_of_band.board import Board
+from tpmp_kernels.comm.out_of_band.reports import Verdict
 from tpmp_kernels.comm.process_group import ProcessGroupCommunicator
-from tpmp_kernels.comm.process_group.out_of_band import Board
-from tpmp_kernels.comm.process_group.reports import Verdict
 
 _SECONDS = 2.0  # 0.1 on an idle machine, 0.6 where a circle of waits is the proof
 

@@ -1,8 +1,7 @@
 """The process_group transport: a communicator over any torch.distributed backend, with calls compared beside the data.
 
 communicator.py is the transport. messages.py carries collectives of CPU tensors on gloo as sealed messages, native.py
-those of a backend's own functions, helpers.py posted calls. out_of_band.py compares what the ranks called, through a
-torch Store (bulletin.py); reports.py and agreement.py say what there is to compare, presence.py who still lives.
+those of a backend's own functions, helpers.py posted calls. What the ranks called is compared by comm/out_of_band.
 """
 
 from tpmp_kernels.comm.process_group.communicator import ProcessGroupCommunicator

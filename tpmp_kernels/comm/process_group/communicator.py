@@ -1,37 +1,28 @@
 """The process_group transport: a communicator over any torch.distributed backend (gloo between hosts, for one)."""
 
-import os
-import time
 import weakref
-from collections import Counter, deque
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
-from tpmp_kernels import errors
 from tpmp_kernels.comm.arguments import Collective
-from tpmp_kernels.comm.communicator import Communicator, Work
-from tpmp_kernels.comm.meeting import meeting_place
-from tpmp_kernels.comm.process_group import agreement
-from tpmp_kernels.comm.process_group.bulletin import second_client
+from tpmp_kernels.comm.communicator import Work
+from tpmp_kernels.comm.out_of_band.board import Board
+from tpmp_kernels.comm.out_of_band.communicator import NAMES, ComparedCommunicator, open_board
+from tpmp_kernels.comm.out_of_band.reports import Call, Verdict
 from tpmp_kernels.comm.process_group.helpers import FOREVER, Helpers, Interrupt, Message
-from tpmp_kernels.comm.process_group.messages import BackendError, Interrupted, Messages, as_bytes
+from tpmp_kernels.comm.process_group.messages import Messages, as_bytes
 from tpmp_kernels.comm.process_group.native import Native
-from tpmp_kernels.comm.process_group.out_of_band import Board
-from tpmp_kernels.comm.process_group.reports import COLLECTIVES, Call, Verdict
-from tpmp_kernels.errors import TransportError
 
 _REDUCED = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8,
 )  # fmt: skip
 _NOT_REDUCED_BY = {"nccl": (torch.int16,)}
-_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-_REMEDY = "close this communicator and the process group on every rank and make both anew"
 
 
-class ProcessGroupCommunicator(Communicator):
+class ProcessGroupCommunicator(ComparedCommunicator):
     """The communicator's calls on `group`, with the backend that the group has for the device of each tensor.
 
     CPU tensors on gloo go as sealed messages (messages.py): what does not match is never delivered, all ranks hold the
@@ -40,7 +31,7 @@ class ProcessGroupCommunicator(Communicator):
     blocking call does not block the host, so that `seconds` counts the enqueueing, `timeout` does not apply, and errors
     come with a later call.
 
-    Promised, through the torch Store and a small thread (out_of_band.py), on every rank with one class and culprit:
+    Promised, through the torch Store and a small thread (board.py), on every rank with one class and culprit:
     - CollectiveMismatch within about 1 s of the calls that differ in kind, dtype, count, reduce op, root, tag, order,
       peer or splits, or wait for each other in a circle; in the current wait or the next call.
     - PeerFailed with the text of abort(), or of an exception inside `with`.
@@ -55,37 +46,23 @@ class ProcessGroupCommunicator(Communicator):
     """
 
     transport = "process_group"
+    _remedy = "close this communicator and the process group on every rank and make both anew"
 
     def __init__(self, group: dist.ProcessGroup, *, name: str = "", timeout: float = 60.0):
-        super().__init__(dist.get_rank(group), dist.get_world_size(group), name=name, timeout=timeout)
-        self._group = group
-        backends = (pair.split(":") for pair in dist.get_backend_config(group).split(","))
-        self._backends: dict[str, str] = dict(backends)
-        # The first rank's number, on all; nobody has to wait for anybody.
-        seed = meeting_place(group).compare_set("seed", "", os.urandom(8).hex()).decode()
-        store = second_client(dist.distributed_c10d._get_default_store())
+        self._backends: dict[str, str] = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+        self._library = group.name()
         interrupt = Interrupt(group, self._backends)
-        self._board = Board(
-            dist.PrefixStore(f"tpmp/{seed}", store), self.rank, self.size, interrupt, serves=dist.get_rank() == 0
-        )
-        self._messages, self._native = Messages(group, seed, self._board), Native(group, self._board)
-        self._helpers = Helpers(self._board)
-        self._leave = weakref.finalize(self, _leave, self._board, self._helpers, interrupt)
-        self._numbers: Counter[str] = Counter()
-        self._ops: deque[Call] = deque(maxlen=32)
+        board, _, seed = open_board(group, interrupt)
+        self._messages, self._native = Messages(group, seed, board), Native(group, board)
+        self._helpers = Helpers(board)
+        leave = weakref.finalize(self, _leave, board, self._helpers, interrupt)
+        super().__init__(board, leave, dist.get_rank(group), dist.get_world_size(group), name=name, timeout=timeout)
         self._unwaited: set[Message] = set()  # gloo gives up a message, and its peer waits, once nobody holds its Work
 
     @property
     def overlaps(self) -> bool:
         """NCCL computes on the GPU's own streams; gloo's messages take the host's cores."""
         return "nccl" in self._backends.values()
-
-    def abort(self, reason: str) -> None:
-        if self._leave.alive:
-            self._board.fail(lambda _: Verdict("PeerFailed", self.rank, f"rank {self.rank} failed: {reason}"))
-
-    def last_ops(self) -> list[str]:
-        return [call.numbered() for call in self._ops]
 
     def close(self) -> None:
         """Leave the group. The process group itself belongs to the caller and stays."""
@@ -112,7 +89,7 @@ class ProcessGroupCommunicator(Communicator):
         if call in ("all_reduce", "reduce", "reduce_scatter"):
             reduced = [dtype for dtype in _REDUCED if dtype not in _NOT_REDUCED_BY.get(backend, ())]
             if tensor.dtype not in reduced:
-                names = ", ".join(map(_NAMES.__getitem__, reduced))
+                names = ", ".join(map(NAMES.__getitem__, reduced))
                 raise TypeError(f"{call}: {backend} cannot reduce {tensor.dtype}; convert to one of {names}")
 
     def _run(self, call: Collective) -> None:
@@ -130,13 +107,13 @@ class ProcessGroupCommunicator(Communicator):
         return _PostedWork(self, record, self._attempt(record, lambda _: self._start(call), self.timeout), landed)
 
     def _isend(self, tensor: torch.Tensor, dst: int, tag: str) -> Work:
-        return self._transfer("send", f"{self.rank}>{dst}", tensor, dst, tag, None)
+        return self._transfer("send", tensor, dst, tag, None)
 
     def _irecv(self, tensor: torch.Tensor, src: int, tag: str, landed: Callable[[], None] | None) -> Work:
-        return self._transfer("recv", f"{src}>{self.rank}", tensor, src, tag, landed)
+        return self._transfer("recv", tensor, src, tag, landed)
 
-    def _transfer(self, kind: str, lane: str, tensor: torch.Tensor, peer: int, tag: str, landed) -> Work:
-        record = self._admit(lane, kind, _NAMES[tensor.dtype], tensor.numel(), None, -1, tag, tensor.shape)
+    def _transfer(self, kind: str, tensor: torch.Tensor, peer: int, tag: str, landed) -> Work:
+        record = self._record_message(kind, tensor, peer, tag)
 
         def start(_) -> object:
             if not self._sealed(tensor):
@@ -158,69 +135,6 @@ class ProcessGroupCommunicator(Communicator):
     def _streams(self, tensor: torch.Tensor | None) -> bool:
         """Whether the device orders the call. A barrier is for the host."""
         return tensor is not None and tensor.device.type != "cpu" and self._backends[tensor.device.type] != "gloo"
-
-    # ---- records and errors
-
-    def _record(self, call: Collective) -> Call:
-        tensor = call.tensor
-        count = "split" if call.input_splits else call.numel
-        dtype, shape = ("", ()) if tensor is None else (_NAMES[tensor.dtype], tensor.shape)
-        return self._admit(COLLECTIVES, call.kind, dtype, count, call.op, call.root, call.tag, shape,
-                           call.input_splits, call.output_splits)  # fmt: skip
-
-    def _admit(self, lane: str, *what) -> Call:
-        """Number the call, and tell the board of it."""
-        record = Call(lane, self._numbers[lane], *what)
-        self._check(record)
-        self._numbers[lane] += 1
-        self._ops.append(record)
-        self._board.record(record)
-        return record
-
-    def _check(self, record: Call) -> None:
-        if self._board.forked():
-            raise TransportError(f"communicator {self.name!r}: this process was forked from rank {self.rank}; make a "
-                                 "communicator in the process that uses it")  # fmt: skip
-        if not self._leave.alive:
-            raise TransportError(f"communicator {self.name!r} is closed; make a new one")
-        if self._board.failure is not None:
-            raise self._error(self._board.failure, f"rank {self.rank} refused {record.words()}")
-
-    def _await(self, record: Call, step: Callable, timeout: float) -> None:
-        """`_attempt` in which the caller waits for its peers."""
-        self._board.waits = record
-        try:
-            self._attempt(record, step, timeout)
-        finally:
-            self._board.waits = None
-
-    def _attempt(self, record: Call, step: Callable, timeout: float):
-        """`step(deadline)` as part of the call `record`, with its failures those of the group."""
-        begun = time.monotonic()
-        try:
-            return step(begun + timeout)
-        except Interrupted:
-            verdict = self._board.failure
-        except BackendError as error:
-            verdict = self._judge(record, error, time.monotonic() - begun)
-        waited = f"waited {time.monotonic() - begun:.2f} s of {timeout:g} s"
-        raise self._error(verdict, f"rank {self.rank} in {record.numbered()} | {waited}")
-
-    def _judge(self, record: Call, error: BackendError, waited: float) -> Verdict:
-        reason, peer = str(error), error.peer
-        if "imed out" in reason or ("imeout" in reason and "pair closure" not in reason):
-            return self._board.fail(lambda reports: agreement.timeout(reports, self.rank, waited, record))
-        said = f"{self._group.name()} says: {reason}"
-        if peer >= 0 or "onnection" in reason or "closed by peer" in reason:
-            whom = f"rank {peer}" if peer >= 0 else "a rank"
-            verdict = Verdict("PeerDied", peer if peer >= 0 else None, f"{whom} is lost: {said}")
-        else:
-            verdict = Verdict("TransportError", None, said)
-        return self._board.fail(lambda _: verdict, grace=True)
-
-    def _error(self, verdict: Verdict, where: str) -> TransportError:
-        text = f"communicator {self.name!r}: {verdict.text} | {where} | do: {_REMEDY}"
-        return getattr(errors, verdict.error)(text, verdict.culprit)
 
 
 class _PostedWork(Work):

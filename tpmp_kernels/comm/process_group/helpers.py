@@ -15,8 +15,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from tpmp_kernels.comm.process_group.messages import REFUSALS, BackendError, Interrupted, Messages, Pending
-from tpmp_kernels.comm.process_group.out_of_band import Board
+from tpmp_kernels.comm.out_of_band.board import Board
+from tpmp_kernels.comm.out_of_band.communicator import Interrupted, LibraryError
+from tpmp_kernels.comm.process_group.messages import REFUSALS, Messages, Pending
 
 FOREVER = float("1e9")  # seconds: whoever waits for the task has the deadline
 _NEVER = (1 << 31) - 1  # the tag of a message that nobody sends
@@ -34,7 +35,7 @@ class Task:
     def run(self) -> None:
         try:
             self._step()
-        except (BackendError, Interrupted) as error:
+        except (LibraryError, Interrupted) as error:
             self._error = error
         self._step = None  # its tensors
         self._over.set()
@@ -44,7 +45,7 @@ class Task:
             if self._board.failure is not None:
                 raise Interrupted
             if time.monotonic() >= deadline:
-                raise BackendError("timed out")
+                raise LibraryError("timed out")
         if self._error is not None:
             raise self._error
 

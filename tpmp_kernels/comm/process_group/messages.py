@@ -3,7 +3,7 @@
 gloo ends the process where a rank receives more bytes than it expects, and mixes what does not belong together where
 the bytes happen to fit: of nine ways to call different things none is named. Messages are matched by an integer tag as
 well; ours, the seal, is a checksum of all that must agree about the call. So calls that differ never meet, and stay
-unserved until the ranks have compared notes (out_of_band.py): nothing is overwritten, nobody is killed.
+unserved until the ranks have compared notes (board.py): nothing is overwritten, nobody is killed.
 
 Reductions are computed in one fixed binary tree over ranks, 16-bit floats in fp32 with one rounding: all ranks hold the
 same bits, those of the shm transport. Every rank talks to every other at once: in one round of messages where each gets
@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 
 from tpmp_kernels.comm.arguments import Collective
-from tpmp_kernels.comm.process_group.out_of_band import Board
-from tpmp_kernels.comm.process_group.reports import Call
+from tpmp_kernels.comm.out_of_band.board import Board
+from tpmp_kernels.comm.out_of_band.communicator import Interrupted, LibraryError
+from tpmp_kernels.comm.out_of_band.reports import Call
 
 _SMALL = 1 << 14  # bytes up to which every rank reduces the whole, beyond two ranks
 _PIECE = 1 << 22  # bytes of each rank that are reduced at a time: bounds the memory for what arrives
@@ -32,18 +33,6 @@ REFUSALS = (RuntimeError, ValueError)  # what torch.distributed raises, the seco
 _COMBINE = {"sum": torch.add, "avg": torch.add, "max": torch.maximum, "min": torch.minimum, "prod": torch.mul}
 
 Transfer = tuple[int, torch.Tensor]  # a peer, and what goes to or comes from it
-
-
-class Interrupted(Exception):
-    """The group has failed meanwhile."""
-
-
-class BackendError(Exception):
-    """torch.distributed raised: at a message from or to `peer`, or -1."""
-
-    def __init__(self, reason: str, peer: int = -1):
-        super().__init__(reason)
-        self.peer = peer
 
 
 @dataclass
@@ -75,7 +64,7 @@ class Messages:
             else:
                 work = dist.irecv(tensor, group=self._group, group_src=peer, tag=seal)
         except REFUSALS as error:
-            raise BackendError(first_line(error), peer) from error
+            raise LibraryError(first_line(error), peer) from error
         return Pending(peer, work, tensor)
 
     def finish(self, pending: Sequence[Pending], deadline: float) -> None:
@@ -89,7 +78,7 @@ class Messages:
                     raise Interrupted
                 each.work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
         except REFUSALS as error:
-            raise BackendError(first_line(error), each.peer) from error
+            raise LibraryError(first_line(error), each.peer) from error
         finally:
             blocked.discard(token)
 

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from tpmp_kernels.comm.arguments import Collective
-from tpmp_kernels.comm.process_group.messages import REFUSALS, BackendError, Interrupted, as_bytes, first_line
-from tpmp_kernels.comm.process_group.out_of_band import Board
+from tpmp_kernels.comm.out_of_band.board import Board
+from tpmp_kernels.comm.out_of_band.communicator import Interrupted, LibraryError
+from tpmp_kernels.comm.process_group.messages import REFUSALS, as_bytes, first_line
 
 _OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -55,7 +56,7 @@ class Native:
         try:
             return Started(self._board, start(), streams, then, peer)
         except REFUSALS as error:
-            raise BackendError(first_line(error), peer) from error
+            raise LibraryError(first_line(error), peer) from error
 
     def _averaged(self, call: Collective) -> Callable[[], None] | None:
         if call.op == "avg" and call.output is not None:
@@ -124,6 +125,6 @@ class Started:
             else:
                 self._work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
         except REFUSALS as error:
-            raise BackendError(first_line(error), self._peer) from error
+            raise LibraryError(first_line(error), self._peer) from error
         finally:
             blocked.discard(token)

@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from tpmp_kernels.comm.process_group.agreement import Judge
-from tpmp_kernels.comm.process_group.bulletin import Bulletin
-from tpmp_kernels.comm.process_group.reports import Call, Report, Verdict
+from tpmp_kernels.comm.out_of_band.agreement import Judge
+from tpmp_kernels.comm.out_of_band.bulletin import Bulletin
+from tpmp_kernels.comm.out_of_band.reports import Call, Report, Verdict
 
 _BUSY, _IDLE = 0.05, 0.25  # seconds between two looks at the Store, while calls are made and otherwise
 _GRACE = 1.0  # seconds in which a failure found elsewhere precedes a lost connection, which may be its consequence

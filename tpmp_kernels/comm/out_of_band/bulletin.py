@@ -9,8 +9,8 @@ import weakref
 
 import torch.distributed as dist
 
-from tpmp_kernels.comm.process_group import presence
-from tpmp_kernels.comm.process_group.reports import Call, Lane, Report, Verdict
+from tpmp_kernels.comm.out_of_band import presence
+from tpmp_kernels.comm.out_of_band.reports import Call, Lane, Report, Verdict
 
 _BEAT = 1.0  # seconds between two signs of life without news
 _LINGER = 0.5  # seconds that the server of the Store waits for the others to leave

@@ -1,11 +1,11 @@
 """What the ranks of a group called, compared: calls that differ, and calls that can never be served.
 
-Everything here is computed from reports (reports.py), whatever carried them (out_of_band.py).
+Everything here is computed from reports (reports.py), whatever carried them (board.py).
 """
 
 from collections.abc import Iterable, Sequence
 
-from tpmp_kernels.comm.process_group.reports import COLLECTIVES, Call, Lane, Report, Verdict, members
+from tpmp_kernels.comm.out_of_band.reports import COLLECTIVES, Call, Lane, Report, Verdict, members
 
 _NAMES = ("kind", "dtype", "count", "reduce op", "root", "tag")
 _STUCK = 0.5  # seconds in one call before circles are looked for
