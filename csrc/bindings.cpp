@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "nccl/transport.hpp"
 #include "shm/handoff.hpp"
 #include "shm/transport.hpp"
 #include "transport.hpp"
@@ -72,9 +73,14 @@ py::dict kinds() {
 }
 
 Collective collective(int kind, uintptr_t input, uintptr_t output, uint64_t numel, int dtype, int op, int root,
-                      std::string tag, std::vector<uint64_t> input_splits, std::vector<uint64_t> output_splits) {
+                      std::string tag, std::vector<uint64_t> input_splits, std::vector<uint64_t> output_splits,
+                      uintptr_t stream) {
   return {Kind(kind), DType(dtype), ReduceOp(op), root, numel, pointer<const void>(input), pointer<void>(output),
-          std::move(tag), std::move(input_splits), std::move(output_splits)};
+          std::move(tag), std::move(input_splits), std::move(output_splits), stream};
+}
+
+Message message(uintptr_t data, uint64_t numel, int dtype, int peer, std::string tag, uintptr_t stream) {
+  return {pointer<void>(data), numel, DType(dtype), peer, std::move(tag), stream};
 }
 
 void bind_work(py::module_& m) {
@@ -88,30 +94,20 @@ void bind_transport(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
   py::class_<Collective>(m, "Collective", "One collective call; what each rank passes is in csrc/transport.hpp.")
       .def(py::init(&collective), "kind"_a, "input"_a, "output"_a, "numel"_a, "dtype"_a, "op"_a, "root"_a, "tag"_a,
-           "input_splits"_a, "output_splits"_a);
+           "input_splits"_a, "output_splits"_a, "stream"_a = 0);
+  py::class_<Message>(m, "Message", "One message to or from a peer.")
+      .def(py::init(&message), "data"_a, "numel"_a, "dtype"_a, "peer"_a, "tag"_a, "stream"_a = 0);
   py::class_<Transport, std::shared_ptr<Transport>>(m, "Transport", "Addresses are ints, dtypes and ops their codes.")
       .def("run", &Transport::run, "call"_a, "timeout"_a, release(), "Carries out a collective.")
       .def("post", &Transport::post, "call"_a, "timeout"_a, release(), "Posts a collective.")
-      .def("isend",
-           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int dst, const std::string& tag) {
-             return t.isend(pointer<const void>(data), numel, DType(dtype), dst, tag, false);
-           },
-           "data"_a, "numel"_a, "dtype"_a, "dst"_a, "tag"_a, release(), "Posts a send.")
-      .def("irecv",
-           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int src, const std::string& tag) {
-             return t.irecv(pointer<void>(data), numel, DType(dtype), src, tag, false);
-           },
-           "data"_a, "numel"_a, "dtype"_a, "src"_a, "tag"_a, release(), "Posts a receive.")
-      .def("send",
-           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int dst, const std::string& tag, double timeout) {
-             t.isend(pointer<const void>(data), numel, DType(dtype), dst, tag, true)->wait(timeout);
-           },
-           "data"_a, "numel"_a, "dtype"_a, "dst"_a, "tag"_a, "timeout"_a, release(), "Sends.")
-      .def("recv",
-           [](Transport& t, uintptr_t data, uint64_t numel, int dtype, int src, const std::string& tag, double timeout) {
-             t.irecv(pointer<void>(data), numel, DType(dtype), src, tag, true)->wait(timeout);
-           },
-           "data"_a, "numel"_a, "dtype"_a, "src"_a, "tag"_a, "timeout"_a, release(), "Receives.")
+      .def("isend", [](Transport& t, const Message& message) { return t.isend(message, false); }, "message"_a, release(),
+           "Posts a send.")
+      .def("irecv", [](Transport& t, const Message& message) { return t.irecv(message, false); }, "message"_a, release(),
+           "Posts a receive.")
+      .def("send", [](Transport& t, const Message& message, double timeout) { t.isend(message, true)->wait(timeout); },
+           "message"_a, "timeout"_a, release(), "Sends.")
+      .def("recv", [](Transport& t, const Message& message, double timeout) { t.irecv(message, true)->wait(timeout); },
+           "message"_a, "timeout"_a, release(), "Receives.")
       .def("abort", &Transport::abort, "reason"_a, release(), "Every rank raises PeerFailed with this reason.")
       .def("close", &Transport::close, release(), "Leaves the group; a second call does nothing.")
       .def("last_ops", &Transport::last_ops, release(), "One line a rank: what it is in, and what it did last.");
@@ -142,6 +138,49 @@ void bind_shm(py::module_& m) {
         "The transport of another rank; TransportError where it cannot share memory with rank 0.");
 }
 
+py::object failure_of(nccl::NcclTransport& transport) {
+  const std::optional<nccl::Failure> found = transport.failure();
+  if (!found) return py::none();
+  const py::object culprit = found->culprit < 0 ? py::object(py::none()) : py::object(py::int_(found->culprit));
+  return py::make_tuple(error_class(found->code), culprit, found->text);
+}
+
+py::bytes unique_id() {
+  nccl::UniqueId id{};
+  const nccl::Result result = nccl::api().get_unique_id(&id);
+  if (result != nccl::kSuccess)
+    throw transport_error(nccl::error_code(result), -1, "ncclGetUniqueId says: " + nccl::words(result));
+  return py::bytes(id.bytes, sizeof id.bytes);
+}
+
+void bind_nccl(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  using nccl::NcclTransport;
+  m.def("load_cuda", [](const std::string& override) { return cuda::api(override).path; }, "override"_a,
+        "Finds the CUDA driver (the first call decides) and returns its path; TransportError where there is none.");
+  m.def("load_nccl",
+        [](const std::string& override, const std::vector<std::string>& files) {
+          const nccl::Api& api = nccl::api(override, files);
+          return py::make_tuple(api.path, api.version, api.absent);
+        },
+        "override"_a, "files"_a, "Finds NCCL (the first call decides): its path, version and what it lacks.");
+  m.def("nccl_unique_id", &unique_id, "What the ranks of one communicator share: bytes made by one of them.");
+  py::class_<nccl::Mark, std::shared_ptr<nccl::Mark>>(m, "Mark", "A place in a stream.");
+  py::class_<nccl::NcclWork, Work, std::shared_ptr<nccl::NcclWork>>(m, "NcclWork")
+      .def("over", &nccl::NcclWork::over, "Whether the device is through with its buffers.")
+      .def("order", &nccl::NcclWork::order, "stream"_a, release(), "What `stream` gets from now on comes after it.");
+  py::class_<NcclTransport, Transport, std::shared_ptr<NcclTransport>>(m, "NcclTransport")
+      .def(py::init<const std::vector<std::string>&, int, int, double, int>(), "ids"_a, "rank"_a, "size"_a, "timeout"_a,
+           "max_ctas"_a, release(), "Collective over the ranks; the current CUDA context is the rank's.")
+      .def("exchange", &NcclTransport::exchange, "sends"_a, "recvs"_a, release(), "Messages that take place together.")
+      .def("mark", &NcclTransport::mark, "stream"_a, release(), "This place in the stream.")
+      .def("post_gated", &NcclTransport::post_gated, "call"_a, "timeout"_a, "after"_a, "address"_a, "value"_a, release(),
+           "Posts a collective behind a mark and a counter.")
+      .def("set_timeout", &NcclTransport::set_timeout, "seconds"_a, "Of messages, and of calls into NCCL.")
+      .def("failure", &failure_of, "(error class, culprit, text) once the group has failed, else None.")
+      .def("stream", &NcclTransport::stream, "lane"_a, "Of collectives (0), messages to higher (1), to lower ranks (2).");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -155,4 +194,5 @@ PYBIND11_MODULE(_C, m) {
   bind_work(m);
   bind_transport(m);
   bind_shm(m);
+  bind_nccl(m);
 }

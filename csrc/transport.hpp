@@ -42,6 +42,17 @@ struct Collective {
   void* output = nullptr;       // null where this rank gets nothing; may be the input
   std::string tag;
   std::vector<uint64_t> input_splits, output_splits;  // elements for each rank, of an all_to_all in uneven parts
+  uintptr_t stream = 0;  // a GPU's: the CUDA stream on which the buffers are ready
+};
+
+// One message to or from `peer`; a send only reads its buffer.
+struct Message {
+  void* data = nullptr;
+  uint64_t numel = 0;
+  DType dtype = DType::u8;
+  int peer = -1;
+  std::string tag;
+  uintptr_t stream = 0;  // as above
 };
 
 enum class ErrorCode : uint8_t { peer_died = 1, peer_failed, mismatch, timeout, closed, system };
@@ -76,10 +87,8 @@ class Transport {
   // Returns at once; `timeout` starts when its turn comes.
   virtual std::shared_ptr<Work> post(Collective, double timeout) = 0;
   // `waits` promises that wait follows at once: nobody else needs to be woken to move this transfer.
-  virtual std::shared_ptr<Work> isend(const void* data, uint64_t numel, DType, int dst, const std::string& tag,
-                                      bool waits) = 0;
-  virtual std::shared_ptr<Work> irecv(void* data, uint64_t numel, DType, int src, const std::string& tag,
-                                      bool waits) = 0;
+  virtual std::shared_ptr<Work> isend(const Message&, bool waits) = 0;
+  virtual std::shared_ptr<Work> irecv(const Message&, bool waits) = 0;
   // Poisons the group: every rank raises peer_failed with this text, now or at its next call.
   virtual void abort(const std::string& reason) = 0;
   virtual void close() = 0;

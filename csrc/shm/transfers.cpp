@@ -41,15 +41,12 @@ class ShmWork final : public Work {
   const std::shared_ptr<Transfer> transfer_;
 };
 
-std::shared_ptr<Work> ShmTransport::isend(const void* data, uint64_t numel, DType dtype, int dst,
-                                          const std::string& tag, bool waits) {
-  char* bytes = static_cast<char*>(const_cast<void*>(data));  // the buffer of a send is only read
-  return post({Kind::send, dtype, ReduceOp::none, dst, numel, tag}, bytes, waits);
+std::shared_ptr<Work> ShmTransport::isend(const Message& m, bool waits) {
+  return post({Kind::send, m.dtype, ReduceOp::none, m.peer, m.numel, m.tag}, static_cast<char*>(m.data), waits);
 }
 
-std::shared_ptr<Work> ShmTransport::irecv(void* data, uint64_t numel, DType dtype, int src, const std::string& tag,
-                                          bool waits) {
-  return post({Kind::recv, dtype, ReduceOp::none, src, numel, tag}, static_cast<char*>(data), waits);
+std::shared_ptr<Work> ShmTransport::irecv(const Message& m, bool waits) {
+  return post({Kind::recv, m.dtype, ReduceOp::none, m.peer, m.numel, m.tag}, static_cast<char*>(m.data), waits);
 }
 
 std::shared_ptr<Work> ShmTransport::post(const Call& call, char* data, bool waits) {

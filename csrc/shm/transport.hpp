@@ -35,10 +35,8 @@ class ShmTransport final : public Transport, public std::enable_shared_from_this
 
   void run(const Collective&, double timeout) override;
   std::shared_ptr<Work> post(Collective, double timeout) override;
-  std::shared_ptr<Work> isend(const void* data, uint64_t numel, DType, int dst, const std::string& tag,
-                              bool waits) override;
-  std::shared_ptr<Work> irecv(void* data, uint64_t numel, DType, int src, const std::string& tag,
-                              bool waits) override;
+  std::shared_ptr<Work> isend(const Message&, bool waits) override;
+  std::shared_ptr<Work> irecv(const Message&, bool waits) override;
   void abort(const std::string& reason) override;
   void close() override;
   std::vector<std::string> last_ops() override;

@@ -73,7 +73,8 @@ def test_waiting_happens_in_one_place():
 )
 def test_sources_keep_the_rules_of_the_transport(word):
     pattern = re.compile(rf"\b(?<!sn){word}")
-    allowed = {"asm volatile"}  # the pause of the spin
+    # The pause of the spin; and that between two questions to NCCL, which wakes nobody.
+    allowed = {"asm volatile", "void pause(int64_t nanoseconds) {"}
     for path in SOURCES:
         lines = [line for line in _code(path).splitlines() if pattern.search(line)]
         assert all(any(a in line for a in allowed) for line in lines), (path.name, lines)

@@ -2,10 +2,15 @@
 
 from tpmp_kernels.kernels import aot
 
+# Bytes of a thread's stack that may be written and read again once a tile: 16 registers.
+ONCE = 64
+
 
 def assert_no_spill(built: aot.Compiled) -> None:
-    spills = built.count("LDL") + built.count("STL")
-    assert (built.stack, spills) == (0, 0), f"spills: stack {built.stack} B, {spills} local accesses"
+    """Nothing goes to memory and back within an innermost loop, and little of it outside."""
+    within, spills = (count("LDL") + count("STL") for count in (built.count_in_loops, built.count))
+    text = f"spills: stack {built.stack} B, {spills} local accesses, {within} of them in an innermost loop"
+    assert within == 0 and built.stack <= (0 if built.arch.startswith("gfx") else ONCE), text
 
 
 def assert_wide(built: aot.Compiled) -> None:

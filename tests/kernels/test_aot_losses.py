@@ -22,7 +22,7 @@ def logits(dtype: str, n: int, adjacent: str) -> torch.Tensor:
 
 
 def build(kernel, named: dict) -> aot.Compiled:
-    return aot.compile(kernel, named, arch="sm90", num_warps=4, num_stages=3)
+    return aot.compile(kernel, named, arch="sm90", num_warps=cross_entropy.WARPS, num_stages=3)
 
 
 def name(case: tuple) -> str:

@@ -41,21 +41,18 @@ def connect_store(
     store: dist.Store, rank: int, size: int, *, wish: str | None, name: str, timeout: float
 ) -> ShmCommunicator:
     """The same between `size` ranks that share `store`, whose keys must be new."""
-    meeting = _Meeting(store, rank, size, name, timeout)
-    wishes, obstacles = zip(*[text.split("|", 1) for text in meeting.exchange("wish", _wish(wish, size))], strict=True)
-    if len(set(wishes)) > 1:
-        told = ", ".join(f"rank {r} {w}" for r, w in enumerate(wishes))
-        raise UsageError(f"communicator {name!r}: ranks ask for different transports ({told}); ask for the same")
+    meeting = Meeting(store, rank, size, name, timeout)
+    obstacles = agree(meeting, wish or "any", _obstacle(size))
     if wish == "process_group":
         raise CannotShare("process_group was asked for")
-    _refuse_any(obstacles)
+    refuse_any(obstacles)
     if rank == 0:
         core, outcomes = _share(meeting)
     else:
         core, obstacle = _attach(meeting.get("segment"), size, rank)
         outcomes = meeting.exchange("attached", obstacle)
     try:
-        _refuse_any(outcomes)
+        refuse_any(outcomes)
     except CannotShare:
         if core is not None:
             core.close()
@@ -63,22 +60,35 @@ def connect_store(
     return ShmCommunicator(core, rank, size, name=name, timeout=timeout)
 
 
-def _wish(wish: str | None, size: int) -> str:
-    obstacle = ""
-    if C is None:
-        obstacle = "the compiled extension tpmp_kernels._C is missing or stale"
-    elif size > _MAX_RANKS:
-        obstacle = f"the group has {size} ranks, shm carries {_MAX_RANKS}"
-    return f"{wish or 'any'}|{obstacle}"
+def agree(meeting: "Meeting", wish: str, obstacle: str) -> list[str]:
+    """Why each rank cannot have the transport that all wish for, "" where it can; UsageError where they differ."""
+    wishes, obstacles = zip(
+        *[text.split("|", 1) for text in meeting.exchange("wish", f"{wish}|{obstacle}")], strict=True
+    )
+    if len(set(wishes)) > 1:
+        told = ", ".join(f"rank {r} {w}" for r, w in enumerate(wishes))
+        raise UsageError(
+            f"communicator {meeting.name!r}: ranks ask for different transports ({told}); ask for the same"
+        )
+    return list(obstacles)
 
 
-def _refuse_any(obstacles) -> None:
+def refuse_any(obstacles) -> None:
+    """Raise CannotShare with the first obstacle of any rank."""
     for rank, obstacle in enumerate(obstacles):
         if obstacle:
             raise CannotShare(f"rank {rank}: {obstacle}")
 
 
-def _share(meeting: "_Meeting"):
+def _obstacle(size: int) -> str:
+    if C is None:
+        return "the compiled extension tpmp_kernels._C is missing or stale"
+    if size > _MAX_RANKS:
+        return f"the group has {size} ranks, shm carries {_MAX_RANKS}"
+    return ""
+
+
+def _share(meeting: "Meeting"):
     """Rank 0: make the segment and hand it to whoever calls, until every rank has said how it went."""
     try:
         server = C.SegmentServer(meeting.size)
@@ -105,12 +115,12 @@ def _attach(segment: str, size: int, rank: int):
         return None, str(error)
 
 
-class _Meeting:
+class Meeting:
     """A board of short texts, one of each rank at each stage."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, name: str, timeout: float):
-        self.rank, self.size = rank, size
-        self._store, self._name, self._timeout = store, name, timeout
+        self.rank, self.size, self.name = rank, size, name
+        self._store, self._timeout = store, timeout
         self._deadline = time.monotonic() + timeout
 
     def set(self, key: str, text: str) -> None:
@@ -134,7 +144,7 @@ class _Meeting:
                 missing = [rank for rank, key in zip(ranks, keys, strict=True) if not self._store.check([key])]
                 whom = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
                 raise TransportTimeout(
-                    f"communicator {self._name!r}: {whom} did not come within {self._timeout:g} s | rank {self.rank} "
+                    f"communicator {self.name!r}: {whom} did not come within {self._timeout:g} s | rank {self.rank} "
                     "| do: call communicator(group) on every rank of the group, in the same order on each",
                     missing[0] if len(missing) == 1 else None,
                 )

@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from tpmp_kernels.comm._ext import C
 from tpmp_kernels.comm.arguments import Collective
 from tpmp_kernels.comm.communicator import Communicator, Work
+from tpmp_kernels.comm.core_calls import DTYPES, collective, message, with_shape
 from tpmp_kernels.errors import TransportError
 
-_DTYPES = {} if C is None else {getattr(torch, name): code for name, code in C.DTYPES.items()}
 _REDUCIBLE = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
@@ -70,22 +69,22 @@ class ShmCommunicator(Communicator):
                 f"{call}: shm carries dense CPU tensors, got {tensor.layout} on {tensor.device}; "
                 "move it, or make the communicator with transport='process_group'"
             )
-        known = _REDUCIBLE if call in _REDUCING else _DTYPES
+        known = _REDUCIBLE if call in _REDUCING else DTYPES
         if tensor.dtype not in known:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
             raise TypeError(f"{call}: shm cannot carry {tensor.dtype}; convert to one of {names}")
 
     def _run(self, call: Collective) -> None:
         try:
-            self._core.run(_core_call(call), self.timeout)
+            self._core.run(collective(call), self.timeout)
         except TransportError as error:
-            raise _with_shape(error, call.tensor) from None
+            raise with_shape(error, call.tensor) from None
 
     def _post(self, call: Collective, landed: Callable[[], None] | None) -> Work:
         try:
-            core = self._core.post(_core_call(call), self.timeout)
+            core = self._core.post(collective(call), self.timeout)
         except TransportError as error:
-            raise _with_shape(error, call.tensor) from None
+            raise with_shape(error, call.tensor) from None
         return self._keep(core, (call.input, call.output), call.tensor, landed)
 
     def _isend(self, tensor: torch.Tensor, dst: int, tag: str) -> Work:
@@ -102,17 +101,17 @@ class ShmCommunicator(Communicator):
 
     def _transfer(self, call: Callable, tensor: torch.Tensor, peer: int, tag: str, landed) -> "_ShmWork":
         try:
-            core = call(tensor.data_ptr(), tensor.numel(), _DTYPES[tensor.dtype], peer, tag)
+            core = call(message(tensor, peer, tag))
         except TransportError as error:
-            raise _with_shape(error, tensor) from None
+            raise with_shape(error, tensor) from None
         return self._keep(core, (tensor,), tensor, landed)
 
     def _at_once(self, call: Callable, tensor: torch.Tensor, peer: int, tag: str) -> None:
         start = time.perf_counter()
         try:
-            call(tensor.data_ptr(), tensor.numel(), _DTYPES[tensor.dtype], peer, tag, self.timeout)
+            call(message(tensor, peer, tag), self.timeout)
         except TransportError as error:
-            raise _with_shape(error, tensor) from None
+            raise with_shape(error, tensor) from None
         finally:
             self.seconds += time.perf_counter() - start
 
@@ -121,22 +120,6 @@ class ShmCommunicator(Communicator):
         if not core.done():
             self._posted.append((core, tensors))
         return _ShmWork(self, core, tensor, landed)
-
-
-def _core_call(call: Collective):
-    tensor = call.tensor
-    return C.Collective(
-        C.KINDS[call.kind],
-        0 if call.input is None else call.input.data_ptr(),
-        0 if call.output is None else call.output.data_ptr(),
-        call.numel,
-        _DTYPES[torch.uint8 if tensor is None else tensor.dtype],
-        0 if call.op is None else C.REDUCE_OPS[call.op],
-        call.root,
-        call.tag,
-        call.input_splits,
-        call.output_splits,
-    )
 
 
 class _ShmWork(Work):
@@ -148,17 +131,10 @@ class _ShmWork(Work):
             with self._comm._timed():
                 self._core.wait(self._comm.timeout if timeout is None else timeout)
         except TransportError as error:
-            raise _with_shape(error, self._tensor) from None
+            raise with_shape(error, self._tensor) from None
         landed, self._landed = self._landed, None
         if landed is not None:
             landed()
 
     def done(self) -> bool:
         return self._core.done()
-
-
-def _with_shape(error: TransportError, tensor: torch.Tensor | None) -> TransportError:
-    if tensor is None:
-        return error
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return type(error)(f"{error} | tensor {dtype}{list(tensor.shape)}", error.culprit)

@@ -43,6 +43,22 @@ class Compiled:
         """Instructions of one opcode, say LDL or STL (spills)."""
         return len(re.findall(rf"\b{opcode}\b", self.code))
 
+    def count_in_loops(self, opcode: str) -> int:
+        """The same within the innermost loops: where a GEMM runs over K, a pass over its row. Of NVIDIA's code."""
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", self.code)
+        instructions = [(int(address, 16), text) for address, text in found]
+        loops = [
+            (int(target[1], 16), address)
+            for address, text in instructions
+            if (target := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) and int(target[1], 16) <= address
+        ]
+        inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+        return sum(
+            any(first <= address <= last for first, last in inner)
+            for address, text in instructions
+            if re.search(rf"\b{opcode}\b", text)
+        )
+
     def products(self) -> int:
         """Instructions of the matrix unit on half-precision operands."""
         return len(re.findall(_PRODUCTS[self.arch], self.code))

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 STATISTICS_BLOCK, GRADIENT_BLOCK = (4, 1024), (4, 1024)
+WARPS = 8  # of 4, the statistics of capped logits whose rows are adjacent in memory spill
 # What stands for the peak of no logits: of -inf, nothing could be subtracted.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -220,4 +221,4 @@ def _common(z: Tensor, target: Tensor, first: int, softcap: float | None, block:
 
 def _launch(kernel: Callable, named: dict[str, Any], grid: tuple[int, ...]) -> None:
     with torch.cuda.device_of(named["z"]):
-        kernel[grid](**named, num_warps=4, enable_fp_fusion=True)
+        kernel[grid](**named, num_warps=WARPS, enable_fp_fusion=True)

@@ -57,8 +57,8 @@ class Epilogue:
 class _Row:
     """A candidate of a table: a tile, the cost of one output element in percent of the best tile's, and for what.
 
-    `spills`: the epilogues that do not fit its registers, each by the fields that matter; `since`, `until`: the Triton
-    versions that it serves, as (major, minor), `until` exclusive.
+    `spills`: the epilogues that fit neither registers nor shared memory, each by the fields that matter; `since`,
+    `until`: the Triton versions that it serves, as (major, minor), `until` exclusive.
     """
 
     tile: Tile

@@ -97,8 +97,11 @@ def _differing(a: Call, b: Call) -> str:
 def unserved(reports: Sequence[Report], rank: int) -> list[int]:
     """The ranks that have not yet made the call in which `rank` waits."""
     call = reports[rank].waits
-    if call is None:
-        return []
+    return [] if call is None else absent(reports, rank, call)
+
+
+def absent(reports: Sequence[Report], rank: int, call: Call) -> list[int]:
+    """The ranks, but for `rank`, that have not yet made `call`."""
     others = (other for other in members(call.lane, len(reports)) if other != rank)
     return [other for other in others if reports[other].total(call.lane) <= call.number]
 
@@ -139,7 +142,7 @@ def circle(reports: Sequence[Report], stuck: Iterable[int]) -> Verdict | None:
 
 def timeout(reports: Sequence[Report], rank: int, seconds: float, call: Call) -> Verdict:
     """The deadline of `rank` passed in `call`: what every rank was doing."""
-    missing = unserved(reports, rank)
+    missing = absent(reports, rank, call)
     doing = []
     for other, report in enumerate(reports):
         if report.left:

@@ -37,6 +37,8 @@ class Board:
         self.failure: Verdict | None = None
         self.waits: Call | None = None  # the call in which the caller of this rank waits
         self.blocked: set = set()  # whoever is inside the backend now
+        # What a transport's own watch has found: None, or a judge of the reports, and whether others have grace.
+        self.probe: Callable[[], tuple[Callable[[Sequence[Report]], Verdict], bool] | None] | None = None
         self._rank, self._size, self._interrupt, self._serves = rank, size, interrupt, serves
         self._bulletin, self._lost = Bulletin(store, rank, size), False
         self._judge, self._judges = Judge(size), 0  # how this rank would judge, and the rank that does
@@ -95,6 +97,7 @@ class Board:
         """One look; whether the next should follow soon."""
         busy = self._collect()
         if self.failure is None:
+            self._probe()
             self.failure = self._guarded(self._exchange) or (self._local() if self._lost else None)
         if self.failure is not None:
             while self._requests:
@@ -102,6 +105,13 @@ class Board:
             if self.blocked:
                 self._interrupt()
         return bool(busy or self.waits or self._requests or (self.failure and self.blocked))
+
+    def _probe(self) -> None:
+        found = self.probe() if self.probe is not None else None
+        if found is not None:
+            judge, grace = found
+            self.probe = None
+            self._requests.append(_Request(judge, time.monotonic() + (_GRACE if grace else 0)))
 
     def _collect(self) -> bool:
         """Take up the new calls; whether some of this rank's are still to be compared."""

@@ -1,0 +1,265 @@
+"""The nccl communicator: enqueues on streams of its own, and compares calls beside the data."""
+
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from tpmp_kernels.comm import core_calls
+from tpmp_kernels.comm.arguments import Collective
+from tpmp_kernels.comm.communicator import Communicator, Work
+from tpmp_kernels.comm.core_calls import DTYPES
+from tpmp_kernels.comm.nccl.device import Device
+from tpmp_kernels.comm.out_of_band import agreement
+from tpmp_kernels.comm.out_of_band.communicator import ComparedCommunicator, Interrupted, LibraryError, open_board
+from tpmp_kernels.comm.out_of_band.reports import Call, Verdict
+from tpmp_kernels.errors import PeerDied, TransportError, TransportTimeout
+
+_REDUCED = (
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int8, torch.uint8,
+)  # fmt: skip
+
+
+class Kept(NamedTuple):
+    """The tensors of a call under way: the device still reads or writes them."""
+
+    record: Call
+    core: object
+    tensors: tuple
+
+
+class NcclCommunicator(ComparedCommunicator):
+    """The communicator's calls for tensors on a GPU; those for CPU tensors, and barriers, go to `host`.
+
+    A call enqueues on a stream of the transport's own, behind what the caller's current stream holds; a blocking call,
+    or `wait()` of a posted one, makes the current stream wait for it. Neither blocks the host: only `barrier` does. So
+    `seconds` counts the enqueueing, and an error may come with a later call. Collectives take place in the order of the
+    calls; so do messages to higher ranks, and messages to lower ranks: three orders beside each other (for messages
+    that must cross otherwise: `exchange`), and that of `host` beside them. Reductions run in NCCL's own order and
+    rounding.
+
+    Every operation has a deadline, `timeout` seconds from when the device comes to it. What is promised of mismatches,
+    dead peers and abort() is what the process_group transport promises; once the group has failed, NCCL is aborted, so
+    that no kernel spins on, and what the streams hold then is garbage: every later call says so. The process group
+    itself stays whole: a new communicator can be made on it.
+
+    Calls can be captured into a CUDA graph (all ranks alike, each posted call waited for inside; messages only after
+    `warm_up`); a graph's launches have no deadline.
+    """
+
+    transport = "nccl"
+    _remedy = "close this communicator on every rank and make a new one (communicator(group) again)"
+    _library = "nccl"
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        core,
+        device: Device,
+        host: Communicator | None,
+        *,
+        name: str = "",
+        timeout: float = 60.0,
+    ):
+        """`host`: over the same ranks, this communicator's to close; None where the device's tensors are the host's."""
+        board, _, _ = open_board(group, lambda: core.abort("the group has failed"))
+        leave = weakref.finalize(self, _leave, board, core, host)
+        super().__init__(board, leave, dist.get_rank(group), dist.get_world_size(group), name=name, timeout=timeout)
+        self._core, self._device, self._host = core, device, host
+        self._kept: list[Kept] = []
+        # A kernel of NCCL may spin for as long as the communicator lives.
+        board.blocked.add(core)
+        board.probe = _Probe(board, core, self._kept, self.rank, timeout)
+        core.set_timeout(timeout)
+
+    @property
+    def overlaps(self) -> bool:
+        return True
+
+    def warm_up(self) -> None:
+        """Connect to every rank in both directions; collective. NCCL connects at the first message of a pair, which
+        takes long and cannot be captured into a graph."""
+        spare = torch.zeros(2 * self.size, dtype=torch.uint8, device=self._device.type)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        works = self.exchange([(spare[rank : rank + 1], rank) for rank in others],
+                              [(spare[self.size + rank :][:1], rank) for rank in others], tag="warm up")  # fmt: skip
+        for work in works:
+            work.wait()
+        self.barrier(tag="warm up")
+
+    def exchange(self, sends: list[tuple], recvs: list[tuple], *, tag: str = "") -> list[Work]:
+        """Post messages that take place together, whatever the order on the peers: pairs (dense tensor, rank)."""
+        ends = [("send", *pair) for pair in sends] + [("recv", *pair) for pair in recvs]
+        records = [self._record_message(kind, tensor, peer, tag) for kind, tensor, peer in ends]
+        if not records:
+            return []
+        stream = self._device.stream()
+        messages = [core_calls.message(tensor, peer, tag, stream) for _, tensor, peer in ends]
+        cores = self._attempt(
+            records[0], lambda _: self._core.exchange(messages[: len(sends)], messages[len(sends) :]), self.timeout
+        )
+        return [
+            self._keep(record, core, (tensor,), None)
+            for record, core, (_, tensor, _) in zip(records, cores, ends, strict=True)
+        ]
+
+    def abort(self, reason: str) -> None:
+        super().abort(reason)
+        if self._host is not None:
+            self._host.abort(reason)
+
+    def close(self) -> None:
+        """Leave the group. The process group belongs to the caller and stays."""
+        self._leave()
+        self._kept.clear()
+
+    # ---- calls
+
+    def _check_tensor(self, call: str, tensor: torch.Tensor) -> None:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise TypeError(
+                f"{call}: expected a plain torch.Tensor, got {type(tensor).__name__}; pass its local tensor"
+            )
+        if self._host is not None and tensor.is_cpu:
+            self._host._check_tensor(call, tensor)
+            return
+        if tensor.device.type != self._device.type or tensor.layout != torch.strided:
+            raise ValueError(
+                f"{call}: nccl carries dense {self._device.type} tensors, got {tensor.layout} on {tensor.device}; move "
+                "it, or make the communicator with transport='process_group'"
+            )
+        if tensor.is_conj() or tensor.is_neg():
+            raise ValueError(
+                f"{call}: tensor is a lazy conjugate or negative; pass tensor.resolve_conj().resolve_neg()"
+            )
+        reduces = call in ("all_reduce", "reduce", "reduce_scatter")
+        if tensor.dtype not in (_REDUCED if reduces else DTYPES):
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in (_REDUCED if reduces else DTYPES))
+            raise TypeError(f"{call}: nccl cannot {'reduce' if reduces else 'carry'} {tensor.dtype}; convert to one of "
+                            f"{names}")  # fmt: skip
+
+    def _run(self, call: Collective) -> None:
+        if self._of_host(call.input, call.output):
+            self._host._run(call)
+        else:
+            self._post(call, None).wait()
+
+    def _post(self, call: Collective, landed: Callable[[], None] | None) -> Work:
+        if self._of_host(call.input, call.output):
+            return self._host._post(call, landed)
+        record = self._record(call)
+        posted = core_calls.collective(call, self._device.stream())
+        core = self._attempt(record, lambda _: self._core.post(posted, self.timeout), self.timeout)
+        return self._keep(record, core, (call.input, call.output), landed)
+
+    def _of_host(self, *tensors: torch.Tensor | None) -> bool:
+        devices = {tensor.device for tensor in tensors if tensor is not None}
+        if len(devices) > 1:
+            raise ValueError(f"got tensors on {' and '.join(sorted(map(str, devices)))} in one call; move them to one")
+        return self._host is not None and all(device.type == "cpu" for device in devices)
+
+    def _isend(self, tensor: torch.Tensor, dst: int, tag: str) -> Work:
+        if self._of_host(tensor):
+            return self._host._isend(tensor, dst, tag)
+        return self._transfer("send", self._core.isend, tensor, dst, tag, None)
+
+    def _irecv(self, tensor: torch.Tensor, src: int, tag: str, landed: Callable[[], None] | None) -> Work:
+        if self._of_host(tensor):
+            return self._host._irecv(tensor, src, tag, landed)
+        return self._transfer("recv", self._core.irecv, tensor, src, tag, landed)
+
+    def _transfer(self, kind: str, call: Callable, tensor: torch.Tensor, peer: int, tag: str, landed) -> Work:
+        record = self._record_message(kind, tensor, peer, tag)
+        message = core_calls.message(tensor, peer, tag, self._device.stream())
+        return self._keep(record, self._attempt(record, lambda _: call(message), self.timeout), (tensor,), landed)
+
+    def _keep(self, record: Call, core, tensors: tuple, landed) -> "_NcclWork":
+        self._kept[:] = [kept for kept in self._kept if not kept.core.over()]
+        self._kept.append(Kept(record, core, tensors))
+        return _NcclWork(self, self._kept[-1], landed)
+
+    # ---- waits and errors
+
+    def _attempt(self, record: Call, step: Callable, timeout: float):
+        def guarded(deadline: float):
+            if self._board.failure is not None:
+                raise Interrupted
+            try:
+                return step(deadline)
+            except TransportError as error:
+                raise _CoreError(error) from None
+
+        return super()._attempt(record, guarded, timeout)
+
+    def _judge(self, record: Call, error: "_CoreError", waited: float) -> Verdict:
+        if isinstance(error.error, TransportTimeout):
+            return self._board.fail(lambda reports: agreement.timeout(reports, self.rank, waited, record))
+        return self._board.fail(lambda _: verdict_of(error.error), grace=True)
+
+
+class _CoreError(LibraryError):
+    def __init__(self, error: TransportError):
+        super().__init__(str(error))
+        self.error = error
+
+
+def verdict_of(error: TransportError) -> Verdict:
+    if isinstance(error, PeerDied):
+        return Verdict("PeerDied", error.culprit, f"a rank is lost: {error}")
+    return Verdict(type(error).__name__, error.culprit, str(error))
+
+
+class _NcclWork(Work):
+    def __init__(self, comm: NcclCommunicator, kept: Kept, landed: Callable[[], None] | None):
+        self._comm, self._kept, self._landed = comm, kept, landed
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Make the current stream wait for the call; a barrier blocks the host, at most `timeout` seconds."""
+        if self._kept is None:
+            return
+        comm, (record, core, _) = self._comm, self._kept
+        comm._check(record)
+        seconds = comm.timeout if timeout is None else timeout
+        if record.kind == "barrier":
+            comm._await(record, lambda _: core.wait(seconds), seconds)
+        else:
+            comm._attempt(record, lambda _: core.order(comm._device.stream()), seconds)
+        # What the stream does from here on comes after the call: the tensors may go.
+        if self._kept in comm._kept:
+            comm._kept.remove(self._kept)
+        self._kept = None
+        landed, self._landed = self._landed, None
+        if landed is not None:
+            landed()
+
+    def done(self) -> bool:
+        return self._kept is None or self._comm._board.failure is not None or self._kept.core.done()
+
+
+class _Probe:
+    """Asked by the board's thread: what the transport's own watch has found, as a judge of the reports."""
+
+    def __init__(self, board, core, kept: list[Kept], rank: int, timeout: float):
+        self._board, self._core, self._kept, self._rank, self._timeout = board, core, kept, rank, timeout
+
+    def __call__(self) -> tuple[Callable, bool] | None:
+        """The judge, and whether it should wait for a word of somebody who knows more."""
+        found = self._core.failure()
+        if found is None:
+            return None
+        kind, culprit, text = found
+        stuck = next((kept.record for kept in list(self._kept) if not kept.core.over()), None)
+        if kind == "TransportTimeout" and stuck is not None:
+            return lambda reports: agreement.timeout(reports, self._rank, self._timeout, stuck), False
+        return lambda _: Verdict(kind, culprit, text), kind == "PeerDied"
+
+
+def _leave(board, core, host: Communicator | None) -> None:
+    """Not a method: it must run where the communicator has been collected, and at interpreter exit."""
+    board.leave()
+    board.failure = board.failure or Verdict("TransportError", None, "the communicator is closed")
+    core.close()
+    if host is not None:
+        host.close()
