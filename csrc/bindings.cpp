@@ -170,15 +170,17 @@ void bind_nccl(py::module_& m) {
       .def("over", &nccl::NcclWork::over, "Whether the device is through with its buffers.")
       .def("order", &nccl::NcclWork::order, "stream"_a, release(), "What `stream` gets from now on comes after it.");
   py::class_<NcclTransport, Transport, std::shared_ptr<NcclTransport>>(m, "NcclTransport")
-      .def(py::init<const std::vector<std::string>&, int, int, double, int>(), "ids"_a, "rank"_a, "size"_a, "timeout"_a,
-           "max_ctas"_a, release(), "Collective over the ranks; the current CUDA context is the rank's.")
+      .def(py::init<const std::string&, int, int, double, int>(), "id"_a, "rank"_a, "size"_a, "timeout"_a, "max_ctas"_a,
+           release(), "Collective over the ranks; the current CUDA context is the rank's.")
+      .def("connect", &NcclTransport::connect, "peer"_a, "sends"_a, "id"_a, "timeout"_a, release(),
+           "Connects with a peer for messages in one direction.")
       .def("exchange", &NcclTransport::exchange, "sends"_a, "recvs"_a, release(), "Messages that take place together.")
       .def("mark", &NcclTransport::mark, "stream"_a, release(), "This place in the stream.")
       .def("post_gated", &NcclTransport::post_gated, "call"_a, "timeout"_a, "after"_a, "address"_a, "value"_a, release(),
            "Posts a collective behind a mark and a counter.")
       .def("set_timeout", &NcclTransport::set_timeout, "seconds"_a, "Of messages, and of calls into NCCL.")
       .def("failure", &failure_of, "(error class, culprit, text) once the group has failed, else None.")
-      .def("stream", &NcclTransport::stream, "lane"_a, "Of collectives (0), messages to higher (1), to lower ranks (2).");
+      .def("streams", &NcclTransport::streams, "Of collectives, then of each pair in the order of connecting.");
 }
 
 }  // namespace

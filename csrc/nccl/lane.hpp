@@ -16,7 +16,8 @@ int64_t now_ns();
 void pause(int64_t nanoseconds);  // NCCL and CUDA wake nobody: they can only be asked again
 
 struct Lane {
-  std::string name;               // "collectives", "messages to higher ranks", "messages to lower ranks"
+  std::string name;               // "collectives", "messages to rank 1", "messages from rank 1"
+  int peer = -1;                  // of messages: its rank in `comm`, where the sender is 0 and the receiver 1
   Comm comm = nullptr;            // null once it was aborted or destroyed
   cuda::Stream stream = nullptr;
   std::timed_mutex mutex;

@@ -94,17 +94,11 @@ void NcclWork::order(uintptr_t stream) {
 
 // ---- life
 
-NcclTransport::NcclTransport(const std::vector<std::string>& ids, int rank, int size, double timeout, int max_ctas)
-    : rank_(rank), size_(size), context_(current_context()) {
-  if (ids.size() != kLanes)
-    throw transport_error(ErrorCode::system, -1, "expected " + std::to_string(kLanes) + " unique ids, got " +
-                                                     std::to_string(ids.size()));
+NcclTransport::NcclTransport(const std::string& id, int rank, int size, double timeout, int max_ctas)
+    : rank_(rank), size_(size), max_ctas_(max_ctas), context_(current_context()) {
   timeout_.store(timeout);
-  lanes_[kCollectives].name = "collectives";
-  lanes_[kUp].name = "messages to higher ranks";
-  lanes_[kDown].name = "messages to lower ranks";
   try {
-    for (int i = 0; i < kLanes; ++i) open(lanes_[i], ids[size_t(i)], timeout, max_ctas);
+    collectives_ = open("collectives", size, rank, id, timeout);
     rescue_ = urgent_stream();
     cuda::check(cuda::api().allocate(&barrier_word_, sizeof(float)), "cuMemAlloc");
     cuda::check(cuda::api().memset32(barrier_word_, 0, 1, rescue_), "cuMemsetD32Async");
@@ -118,29 +112,68 @@ NcclTransport::NcclTransport(const std::vector<std::string>& ids, int rank, int 
 
 NcclTransport::~NcclTransport() { close(); }
 
-void NcclTransport::open(Lane& lane, const std::string& id, double timeout, int max_ctas) {
-  lane.stream = urgent_stream();
+void NcclTransport::connect(int peer, bool sends, const std::string& id, double timeout) {
+  const std::string name = std::string("messages ") + (sends ? "to" : "from") + " rank " + std::to_string(peer);
+  check_usable("connecting for " + name);
+  const cuda::Current current(context_);
+  const auto lane = open(name, 2, sends ? 0 : 1, id, timeout);
+  lane->peer = sends ? 1 : 0;
+  const std::lock_guard<std::mutex> lock(state_);
+  messages_[{peer, sends}] = lane;
+}
+
+// The lane is the transport's from its first moment on: whatever comes of it is aborted with the others.
+std::shared_ptr<Lane> NcclTransport::open(const std::string& name, int ranks, int rank, const std::string& id,
+                                          double timeout) {
   UniqueId unique{};
   if (id.size() != sizeof unique.bytes)
     throw transport_error(ErrorCode::system, -1, "a unique id has " + std::to_string(id.size()) + " bytes, expected " +
                                                      std::to_string(sizeof unique.bytes));
   std::memcpy(unique.bytes, id.data(), sizeof unique.bytes);
-  Config config;
-  if (max_ctas > 0) config.max_ctas = max_ctas;
-  const int64_t deadline = after(timeout);
-  Result result = api().init_rank(&lane.comm, size_, unique, rank_, &config);
-  while (result == kInProgress && now_ns() < deadline) {
-    pause(1'000'000);
-    if (interrupt_hook != nullptr) interrupt_hook();
-    if (api().async_error(lane.comm, &result) != kSuccess) result = kInternalError;
+  const auto lane = std::make_shared<Lane>();
+  lane->name = name;
+  lane->stream = urgent_stream();
+  const std::lock_guard<std::timed_mutex> inside(lane->mutex);
+  {
+    const std::lock_guard<std::mutex> lock(state_);
+    lanes_.push_back(lane);
   }
-  if (result == kSuccess) return;
+  Config config;
+  if (max_ctas_ > 0) config.max_ctas = max_ctas_;
+  const int64_t deadline = after(timeout);
+  Result result = api().init_rank(&lane->comm, ranks, unique, rank, &config);
+  while (result == kInProgress && now_ns() < deadline && !failure()) {
+    pause(1'000'000);
+    interruptible();
+    if (api().async_error(lane->comm, &result) != kSuccess) result = kInternalError;
+  }
+  if (result == kSuccess) return lane;
+  if (failure()) throw_failure("connecting for " + name);
   const std::string where = "NCCL " + version_words(api().version) + " could not connect " + identity() + " for " +
-                            lane.name + ": ";
+                            name + ": ";
   if (result == kInProgress)
     throw transport_error(ErrorCode::timeout, -1, where + "not all ranks came within " +
                                                       std::to_string(int(timeout)) + " s");
-  throw transport_error(error_code(result), -1, where + nccl::words(result, lane.comm));
+  throw transport_error(error_code(result), -1, where + nccl::words(result, lane->comm));
+}
+
+std::vector<std::shared_ptr<Lane>> NcclTransport::lanes() {
+  const std::lock_guard<std::mutex> lock(state_);
+  return lanes_;
+}
+
+std::vector<uintptr_t> NcclTransport::streams() {
+  std::vector<uintptr_t> found;
+  for (const auto& lane : lanes()) found.push_back(reinterpret_cast<uintptr_t>(lane->stream));
+  return found;
+}
+
+std::shared_ptr<Lane> NcclTransport::lane_of(const Message& message, bool sends) {
+  const std::lock_guard<std::mutex> lock(state_);
+  const auto found = messages_.find({message.peer, sends});
+  if (found != messages_.end()) return found->second;
+  throw transport_error(ErrorCode::system, -1, identity() + " is not connected for messages " +
+                                                   (sends ? "to" : "from") + " rank " + std::to_string(message.peer));
 }
 
 void NcclTransport::close() {
@@ -155,7 +188,7 @@ void NcclTransport::close() {
   if (!failure()) finalize_lanes(after(std::min(timeout_.load(), kCloseSeconds)));
   if (!abort_lanes()) return;  // NCCL may still be at work on the streams: they stay
   under_way_.clear();
-  for (Lane& lane : lanes_) cuda::api().stream_destroy(lane.stream);
+  for (const auto& lane : lanes()) cuda::api().stream_destroy(lane->stream);
   cuda::api().stream_destroy(rescue_);
   cuda::api().release(barrier_word_);
 }
@@ -181,26 +214,26 @@ void NcclTransport::throw_failure(const std::string& what) {
   throw transport_error(found.code, found.culprit, found.text + ", in " + what);
 }
 
-std::shared_ptr<Operation> NcclTransport::prepare(Lane& lane, std::string what, double timeout, cuda::Stream caller,
-                                                  const Gate* gate) {
+std::shared_ptr<Operation> NcclTransport::prepare(const std::shared_ptr<Lane>& lane, std::string what,
+                                                  double timeout, cuda::Stream caller, const Gate* gate) {
   auto operation = std::make_shared<Operation>();
   operation->what = std::move(what);
-  operation->lane = &lane;
+  operation->lane = lane;
   operation->events = events_;
   operation->timeout = timeout;
   operation->begun = events_->take();
   operation->over = events_->take();
   if (gate != nullptr) {
     operation->gate = *gate;
-    cuda::check(cuda::api().stream_wait_event(lane.stream, gate->after, 0), "cuStreamWaitEvent");
-    cuda::check(cuda::api().wait_value(lane.stream, gate->address, gate->value, cuda::kWaitGeq),
+    cuda::check(cuda::api().stream_wait_event(lane->stream, gate->after, 0), "cuStreamWaitEvent");
+    cuda::check(cuda::api().wait_value(lane->stream, gate->address, gate->value, cuda::kWaitGeq),
                 "cuStreamWaitValue32");
   } else {
     operation->captured = capturing(caller);
     const Mark ready(events_, caller);
-    cuda::check(cuda::api().stream_wait_event(lane.stream, ready.event(), 0), "cuStreamWaitEvent");
+    cuda::check(cuda::api().stream_wait_event(lane->stream, ready.event(), 0), "cuStreamWaitEvent");
   }
-  cuda::check(cuda::api().event_record(operation->begun, lane.stream), "cuEventRecord");
+  cuda::check(cuda::api().event_record(operation->begun, lane->stream), "cuEventRecord");
   return operation;
 }
 
@@ -216,14 +249,15 @@ void NcclTransport::finish(const std::shared_ptr<Operation>& operation) {
   wake_.notify_all();
 }
 
-std::shared_ptr<Operation> NcclTransport::enqueue(Lane& lane, std::string what, double timeout, cuda::Stream caller,
-                                                  const Issue& issue, const Gate* gate) {
+std::shared_ptr<Operation> NcclTransport::enqueue(const std::shared_ptr<Lane>& lane, std::string what,
+                                                  double timeout, cuda::Stream caller, const Issue& issue,
+                                                  const Gate* gate) {
   const std::lock_guard<std::mutex> order(order_);
   check_usable(what);
   const cuda::Current current(context_);
   const auto operation = prepare(lane, std::move(what), timeout, caller, gate);
-  const Result result = inside({&lane}, timeout, [&] { return issue(lane.comm, lane.stream); });
-  judge(result, lane, operation->what, timeout);
+  const Result result = inside({lane.get()}, timeout, [&] { return issue(lane->comm, lane->stream); });
+  judge(result, *lane, operation->what, timeout);
   finish(operation);
   return operation;
 }
@@ -284,7 +318,7 @@ std::shared_ptr<Work> NcclTransport::posted(Collective call, double timeout, con
   const auto nothing = [](Comm, cuda::Stream) { return kSuccess; };
   const cuda::Stream caller = stream_at(call.stream);
   const Issue issue_it = empty(call) ? Issue(nothing) : Issue(step);
-  const auto operation = enqueue(lanes_[kCollectives], what, timeout, caller, issue_it, gate);
+  const auto operation = enqueue(collectives_, what, timeout, caller, issue_it, gate);
   return std::make_shared<NcclWork>(shared_from_this(), operation);
 }
 
@@ -302,33 +336,26 @@ std::vector<std::shared_ptr<Work>> NcclTransport::exchange(const std::vector<Mes
                                                            const std::vector<Message>& recvs) {
   const std::lock_guard<std::mutex> order(order_);
   const cuda::Current current(context_);
-  std::array<std::shared_ptr<Operation>, kLanes> operations;
-  std::vector<Lane*> lanes;
+  std::map<Lane*, std::shared_ptr<Operation>> operations;  // in one order of locking
+  std::vector<std::shared_ptr<Work>> works;
   const auto join = [&](const Message& m, bool sending) {
-    const int lane = lane_to(m.peer, sending);
     const std::string what = std::string(sending ? "send to rank " : "recv from rank ") + std::to_string(m.peer) +
                              (m.tag.empty() ? "" : " '" + m.tag + "'");
     check_usable(what);
-    if (operations[lane]) {
-      operations[lane]->what += ", " + what;
-      return;
-    }
-    operations[lane] = prepare(lanes_[lane], what, timeout_.load(), stream_at(m.stream), nullptr);
-    lanes.push_back(&lanes_[lane]);
+    const auto lane = lane_of(m, sending);
+    std::shared_ptr<Operation>& operation = operations[lane.get()];
+    if (operation) operation->what += ", " + what;
+    else operation = prepare(lane, what, timeout_.load(), stream_at(m.stream), nullptr);
+    works.push_back(std::make_shared<NcclWork>(shared_from_this(), operation));
   };
   for (const Message& m : sends) join(m, true);
   for (const Message& m : recvs) join(m, false);
-  if (lanes.empty()) return {};
-  std::sort(lanes.begin(), lanes.end());  // one order of locking
+  if (works.empty()) return works;
+  std::vector<Lane*> lanes;
+  for (const auto& [lane, operation] : operations) lanes.push_back(lane);
   const Result result = inside(lanes, timeout_.load(), [&] { return transfer(sends, recvs); });
-  judge(result, *lanes.front(), operations[lanes.front() - lanes_.data()]->what, timeout_.load());
-  for (const auto& operation : operations)
-    if (operation) finish(operation);
-  std::vector<std::shared_ptr<Work>> works;
-  for (const Message& m : sends)
-    works.push_back(std::make_shared<NcclWork>(shared_from_this(), operations[lane_to(m.peer, true)]));
-  for (const Message& m : recvs)
-    works.push_back(std::make_shared<NcclWork>(shared_from_this(), operations[lane_to(m.peer, false)]));
+  judge(result, *lanes.front(), operations.begin()->second->what, timeout_.load());
+  for (const auto& [lane, operation] : operations) finish(operation);
   return works;
 }
 
@@ -336,11 +363,11 @@ Result NcclTransport::transfer(const std::vector<Message>& sends, const std::vec
   const bool grouped = sends.size() + recvs.size() > 1;
   Result result = grouped ? api().group_start() : kSuccess;
   const auto step = [&](const Message& m, bool sending) {
-    const Lane& lane = lanes_[lane_to(m.peer, sending)];
+    const auto lane = lane_of(m, sending);
     const size_t bytes = m.numel * element_bytes(m.dtype);
     if (bytes == 0) return;
-    const Result own = sending ? api().send(m.data, bytes, kUint8, m.peer, lane.comm, lane.stream)
-                               : api().recv(m.data, bytes, kUint8, m.peer, lane.comm, lane.stream);
+    const Result own = sending ? api().send(m.data, bytes, kUint8, lane->peer, lane->comm, lane->stream)
+                               : api().recv(m.data, bytes, kUint8, lane->peer, lane->comm, lane->stream);
     result = worse(result, own);
   };
   for (const Message& m : sends) step(m, true);

@@ -1,18 +1,19 @@
-// The transport between GPU ranks over NCCL: three communicators of their own (collectives, messages to higher ranks,
-// messages to lower ranks), each on a high-priority stream of its own, joined to the caller's streams by events alone.
-// A call only enqueues. One watch thread asks the communicators for errors, times what is under way, and aborts.
+// The transport between GPU ranks over NCCL: a communicator of its own for collectives, and one of two ranks for each
+// ordered pair that exchanges messages, so that no message waits for one of another pair. Each has a high-priority
+// stream of its own, joined to the caller's streams by events alone. A call only enqueues. One watch thread asks the
+// communicators for errors, times what is under way, and aborts.
 //
 // Fingerprints are compared beside the data, by whoever made this transport (comm/nccl): data may be garbage before a
 // mismatch is told.
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
 #include <future>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -24,8 +25,6 @@
 #include "lane.hpp"
 
 namespace tpmp::nccl {
-
-enum LaneIndex { kCollectives, kUp, kDown, kLanes };
 
 // Events are made once and used again; making one costs more than recording it.
 class Events {
@@ -49,7 +48,7 @@ struct Gate {
 // One operation on a lane's stream. `captured`: it is part of a graph, and takes place whenever that is launched.
 struct Operation {
   std::string what;
-  Lane* lane;
+  std::shared_ptr<Lane> lane;
   std::shared_ptr<Events> events;
   cuda::Event begun = nullptr, over = nullptr;
   double timeout = 0;
@@ -82,10 +81,10 @@ class NcclWork;
 
 class NcclTransport final : public Transport, public std::enable_shared_from_this<NcclTransport> {
  public:
-  // Collective over the ranks; `ids` holds one unique id for each lane. The current CUDA context is the rank's.
+  // Collective over the ranks, who share the unique id. The current CUDA context is the rank's.
   // `max_ctas`: multiprocessors that one collective may take, 0 for NCCL's own choice. Throws `timeout` where not all
   // ranks come in time.
-  NcclTransport(const std::vector<std::string>& ids, int rank, int size, double timeout, int max_ctas);
+  NcclTransport(const std::string& id, int rank, int size, double timeout, int max_ctas);
   ~NcclTransport() override;
 
   void run(const Collective&, double timeout) override;  // and waits on the host
@@ -96,6 +95,9 @@ class NcclTransport final : public Transport, public std::enable_shared_from_thi
   void close() override;
   std::vector<std::string> last_ops() override;
 
+  // Connects this rank with `peer` for messages to it (`sends`) or from it; returns when the peer has done so, too. A
+  // message of a pair that is not connected is an error.
+  void connect(int peer, bool sends, const std::string& id, double timeout);
   // Messages that take place together, in whatever order the peers post theirs: all or none of them.
   std::vector<std::shared_ptr<Work>> exchange(const std::vector<Message>& sends, const std::vector<Message>& recvs);
   std::shared_ptr<Mark> mark(uintptr_t stream);
@@ -105,7 +107,7 @@ class NcclTransport final : public Transport, public std::enable_shared_from_thi
   std::shared_ptr<Work> post_gated(Collective, double timeout, const Mark& after, uint64_t address, uint32_t value);
   void set_timeout(double seconds) { timeout_.store(seconds); }  // of messages
   std::optional<Failure> failure();
-  uintptr_t stream(int lane) const { return reinterpret_cast<uintptr_t>(lanes_[lane].stream); }
+  std::vector<uintptr_t> streams();  // of collectives, then of each pair in the order of connecting
   bool gates() const { return cuda::api().wait_value != nullptr; }
 
  private:
@@ -113,21 +115,22 @@ class NcclTransport final : public Transport, public std::enable_shared_from_thi
   using Issue = std::function<Result(Comm, cuda::Stream)>;
 
   // transport.cpp: life and posting
-  void open(Lane& lane, const std::string& id, double timeout, int max_ctas);
+  std::shared_ptr<Lane> open(const std::string& name, int ranks, int rank, const std::string& id, double timeout);
+  std::vector<std::shared_ptr<Lane>> lanes();
+  std::shared_ptr<Lane> lane_of(const Message& message, bool sends);
   void check_usable(const std::string& what);
   [[noreturn]] void throw_failure(const std::string& what);
   std::shared_ptr<Work> posted(Collective, double timeout, const Gate* gate);
   // On the lane's stream: after what `caller` holds, or after `gate`, what `issue` enqueues, and an event behind it.
-  std::shared_ptr<Operation> enqueue(Lane& lane, std::string what, double timeout, cuda::Stream caller,
+  std::shared_ptr<Operation> enqueue(const std::shared_ptr<Lane>& lane, std::string what, double timeout, cuda::Stream caller,
                                      const Issue& issue, const Gate* gate);
-  std::shared_ptr<Operation> prepare(Lane& lane, std::string what, double timeout, cuda::Stream caller,
+  std::shared_ptr<Operation> prepare(const std::shared_ptr<Lane>& lane, std::string what, double timeout, cuda::Stream caller,
                                      const Gate* gate);
   void finish(const std::shared_ptr<Operation>& operation);
   // `step` with these lanes' communicators locked, and their answers once they are no longer "in progress".
   Result inside(const std::vector<Lane*>& lanes, double timeout, const std::function<Result()>& step);
   void judge(Result result, Lane& lane, const std::string& what, double timeout);
   Result transfer(const std::vector<Message>& sends, const std::vector<Message>& recvs);
-  int lane_to(int peer, bool sends) const { return (peer > rank_) == sends ? kUp : kDown; }
   void wait_host(const Operation& operation, double timeout);
   void interruptible();  // lets a signal's exception through, with the group failed
   std::string identity() const;
@@ -145,10 +148,10 @@ class NcclTransport final : public Transport, public std::enable_shared_from_thi
   bool abort_lanes();  // whether NCCL has returned from all
   void finalize_lanes(int64_t deadline);
 
-  const int rank_, size_;
+  const int rank_, size_, max_ctas_;
   const cuda::Context context_;
   std::shared_ptr<Events> events_ = std::make_shared<Events>();
-  std::array<Lane, kLanes> lanes_;
+  std::shared_ptr<Lane> collectives_;
   cuda::DevicePtr barrier_word_ = 0;
   cuda::Stream rescue_ = nullptr;  // on which gates are opened when the group has failed
   std::atomic<double> timeout_{60.0};
@@ -157,6 +160,8 @@ class NcclTransport final : public Transport, public std::enable_shared_from_thi
   std::mutex order_;  // one order of launches for all lanes
   std::mutex state_;  // guards all below
   std::condition_variable wake_;
+  std::vector<std::shared_ptr<Lane>> lanes_;
+  std::map<std::pair<int, bool>, std::shared_ptr<Lane>> messages_;  // by peer and whether this rank sends
   std::deque<std::shared_ptr<Operation>> under_way_;
   std::deque<std::string> last_;
   std::optional<Failure> failure_;

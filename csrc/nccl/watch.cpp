@@ -45,20 +45,20 @@ void NcclTransport::watch() {
 }
 
 void NcclTransport::look_at_lanes() {
-  for (Lane& lane : lanes_) {
-    const std::unique_lock<std::timed_mutex> lock(lane.mutex, std::try_to_lock);
+  for (const auto& lane : lanes()) {
+    const std::unique_lock<std::timed_mutex> lock(lane->mutex, std::try_to_lock);
     if (!lock.owns_lock()) {
-      const int64_t entered = lane.entered_ns.load();
+      const int64_t entered = lane->entered_ns.load();
       if (entered != 0 && double(now_ns() - entered) > (timeout_.load() + 1) * 1e9)
-        fail(ErrorCode::timeout, -1, "a call into NCCL itself (" + lane.name + ") does not return");
+        fail(ErrorCode::timeout, -1, "a call into NCCL itself (" + lane->name + ") does not return");
       continue;
     }
-    if (lane.comm == nullptr) continue;
+    if (lane->comm == nullptr) continue;
     Result state = kSuccess;
-    const Result asked = api().async_error(lane.comm, &state);
+    const Result asked = api().async_error(lane->comm, &state);
     const Result found = asked != kSuccess ? asked : state;
     if (found != kSuccess && found != kInProgress)
-      fail(error_code(found), -1, "NCCL says: " + nccl::words(found, lane.comm));
+      fail(error_code(found), -1, "NCCL says: " + nccl::words(found, lane->comm));
   }
 }
 
@@ -129,18 +129,18 @@ void NcclTransport::open_gates() {
 // Each on a thread of its own: an abort may hang, and then that thread is left to it.
 bool NcclTransport::abort_lanes() {
   std::vector<std::future<void>> answers;
-  for (Lane& lane : lanes_) {
+  for (const auto& lane : lanes()) {
     // NCCL wants nobody inside when it aborts; whoever hangs there comes out by the abort alone.
-    const std::unique_lock<std::timed_mutex> lock(lane.mutex, kGivesWay);
-    if (lane.comm == nullptr) continue;
+    const std::unique_lock<std::timed_mutex> lock(lane->mutex, kGivesWay);
+    if (lane->comm == nullptr) continue;
     auto returned = std::make_shared<std::promise<void>>();
     answers.push_back(returned->get_future());
-    std::thread([returned, comm = lane.comm, context = context_] {
+    std::thread([returned, comm = lane->comm, context = context_] {
       cuda::api().context_set(context);
       api().abort(comm);
       returned->set_value();
     }).detach();
-    lane.comm = nullptr;
+    lane->comm = nullptr;
   }
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(abort_seconds());
   for (std::future<void>& answer : answers)
@@ -149,20 +149,20 @@ bool NcclTransport::abort_lanes() {
 }
 
 void NcclTransport::finalize_lanes(int64_t deadline) {
-  for (Lane& lane : lanes_) {
-    const std::lock_guard<std::timed_mutex> lock(lane.mutex);
-    if (lane.comm != nullptr) api().finalize(lane.comm);
+  for (const auto& lane : lanes()) {
+    const std::lock_guard<std::timed_mutex> lock(lane->mutex);
+    if (lane->comm != nullptr) api().finalize(lane->comm);
   }
-  for (Lane& lane : lanes_) {
-    const std::lock_guard<std::timed_mutex> lock(lane.mutex);
+  for (const auto& lane : lanes()) {
+    const std::lock_guard<std::timed_mutex> lock(lane->mutex);
     Result state = kInProgress;
-    while (lane.comm != nullptr && state == kInProgress && now_ns() < deadline) {
-      if (api().async_error(lane.comm, &state) != kSuccess) state = kInternalError;
+    while (lane->comm != nullptr && state == kInProgress && now_ns() < deadline) {
+      if (api().async_error(lane->comm, &state) != kSuccess) state = kInternalError;
       if (state == kInProgress) pause(kAskNs);
     }
-    if (lane.comm == nullptr || state != kSuccess) continue;  // what is not through is aborted
-    api().destroy(lane.comm);
-    lane.comm = nullptr;
+    if (lane->comm == nullptr || state != kSuccess) continue;  // what is not through is aborted
+    api().destroy(lane->comm);
+    lane->comm = nullptr;
   }
 }
 

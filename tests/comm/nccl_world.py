@@ -19,8 +19,6 @@ from tpmp_kernels.comm import nccl
 from tpmp_kernels.comm._ext import C
 from tpmp_kernels.comm.nccl import library
 
-LANES = 3
-
 
 @functools.cache
 def double() -> tuple[ctypes.CDLL, ctypes.CDLL]:
@@ -96,16 +94,23 @@ class Rank:
         synchronize(self.stream)
 
 
-def run(size: int, function: Callable, *, timeout: float = 10.0, max_ctas: int = 0) -> list:
-    """function(Rank) on `size` threads, each with a transport of its own; what it returned or raised, by rank."""
+def run(size: int, function: Callable, *, timeout: float = 10.0, max_ctas: int = 0, connected: bool = False) -> list:
+    """function(Rank) on `size` threads, each with a transport of its own; what it returned or raised, by rank.
+
+    `connected`: each pair of ranks, for messages in both directions.
+    """
     double()
-    ids = [C.nccl_unique_id() for _ in range(LANES)]
+    own = C.nccl_unique_id()
+    pairs = [(a, b, C.nccl_unique_id()) for a in range(size) for b in range(size) if a != b] if connected else []
     outcomes: list = [None] * size
 
     def serve(rank: int) -> None:
         try:
-            core = C.NcclTransport(ids, rank, size, timeout, max_ctas)
+            core = C.NcclTransport(own, rank, size, timeout, max_ctas)
             try:
+                for a, b, unique in pairs:
+                    if rank in (a, b):
+                        core.connect(b if rank == a else a, rank == a, unique, timeout)
                 outcomes[rank] = function(Rank(core, rank, size))
             finally:
                 core.close()

@@ -97,7 +97,7 @@ def _exchanged(rank: Rank) -> float:
 
 
 def test_an_exchange_goes_round(ranks):
-    assert run(3, _exchanged) == [2.0, 0.0, 1.0]
+    assert run(3, _exchanged, connected=True) == [2.0, 0.0, 1.0]
 
 
 def _behind_slow_work(rank: Rank) -> list[float]:
@@ -145,12 +145,12 @@ def _lanes(rank: Rank) -> list[int]:
     send, recv = (rank.core.isend, rank.core.irecv)
     for work in [rank.all_reduce(tensor), *(call(rank.message(torch.zeros(2), peer)) for call in (send, recv))]:
         rank.finish(work)
-    return [rank.core.stream(i) for i in range(3)]
+    return rank.core.streams()
 
 
 def test_each_lane_has_a_stream_of_its_own(ranks):
     before = len(log())
-    streams = run(2, _lanes)
+    streams = run(2, _lanes, connected=True)
     assert all(len(set(each)) == 3 and 0 not in each for each in streams)
     called = [line for line in log()[before:] if line.startswith(("ncclAllReduce", "ncclSend", "ncclRecv"))]
     assert len(called) == 6

@@ -25,7 +25,7 @@ R is the number of ranks, n any number of elements; only counts matter, not shap
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -195,6 +195,11 @@ class Communicator(ABC):
         arguments.check_peer("recv", "src", self.rank, self.size, src)
         dense = self._dense("recv", tensor, written=True)
         return self._irecv(dense, src, tag, lambda: _write_back(tensor, dense))
+
+    def warm_up(self, pairs: Iterable[tuple[int, int]] | None = None) -> None:
+        """Collective: connect in advance for messages of each (sender, receiver), by default of all, where a transport
+        would do so at the first message."""
+        return
 
     # ---- memory, faults, life
 

@@ -7,6 +7,7 @@ its own list. channels.py carries what crosses stage borders, stage.py computes.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -69,6 +70,7 @@ class Runtime:
             if group is not None:
                 _compare_digest(schedule, group)
         _check_stages(schedule, stages, comm.rank)
+        comm.warm_up((a, b) for a, b in pairwise(schedule.placement) if a != b)
         self.schedule, self.stages, self.comm, self.tensor_parallel = schedule, stages, comm, tensor_parallel
         self.program = self.lowered.programs[comm.rank]
         self.shape, self.dtype, self.device = tuple(shape), dtype, device

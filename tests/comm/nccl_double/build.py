@@ -9,7 +9,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = ("cuda.hpp", "cuda.cpp", "nccl.cpp")
-COMMAND = ("g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread")
+COMMAND = ("g++", "-std=c++17", "-O0", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread")
 
 
 @functools.cache

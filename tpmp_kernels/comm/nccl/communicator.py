@@ -1,13 +1,15 @@
 """The nccl communicator: enqueues on streams of its own, and compares calls beside the data."""
 
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from tpmp_kernels.comm import core_calls
+from tpmp_kernels.comm._ext import C
 from tpmp_kernels.comm.arguments import Collective
 from tpmp_kernels.comm.communicator import Communicator, Work
 from tpmp_kernels.comm.core_calls import DTYPES
@@ -36,9 +38,10 @@ class NcclCommunicator(ComparedCommunicator):
     A call enqueues on a stream of the transport's own, behind what the caller's current stream holds; a blocking call,
     or `wait()` of a posted one, makes the current stream wait for it. Neither blocks the host: only `barrier` does. So
     `seconds` counts the enqueueing, and an error may come with a later call. Collectives take place in the order of the
-    calls; so do messages to higher ranks, and messages to lower ranks: three orders beside each other (for messages
-    that must cross otherwise: `exchange`), and that of `host` beside them. Reductions run in NCCL's own order and
-    rounding.
+    calls, messages of an ordered pair of ranks likewise, each beside the others; the collectives of `host` are an order
+    of their own. The first message with a peer connects the two, and waits on the host until the peer does so, too:
+    `warm_up` does it in advance, and must where ranks begin by messages in a circle.
+    Reductions run in NCCL's own order and rounding.
 
     Every operation has a deadline, `timeout` seconds from when the device comes to it. What is promised of mismatches,
     dead peers and abort() is what the process_group transport promises; once the group has failed, NCCL is aborted, so
@@ -64,11 +67,12 @@ class NcclCommunicator(ComparedCommunicator):
         timeout: float = 60.0,
     ):
         """`host`: over the same ranks, this communicator's to close; None where the device's tensors are the host's."""
-        board, _, _ = open_board(group, lambda: core.abort("the group has failed"))
+        board, self._store, _ = open_board(group, lambda: core.abort("the group has failed"))
         leave = weakref.finalize(self, _leave, board, core, host)
         super().__init__(board, leave, dist.get_rank(group), dist.get_world_size(group), name=name, timeout=timeout)
         self._core, self._device, self._host = core, device, host
         self._kept: list[Kept] = []
+        self._connected: set[int] = set()  # with these peers
         # A kernel of NCCL may spin for as long as the communicator lives.
         board.blocked.add(core)
         board.probe = _Probe(board, core, self._kept, self.rank, timeout)
@@ -78,16 +82,21 @@ class NcclCommunicator(ComparedCommunicator):
     def overlaps(self) -> bool:
         return True
 
-    def warm_up(self) -> None:
-        """Connect to every rank in both directions; collective. NCCL connects at the first message of a pair, which
-        takes long and cannot be captured into a graph."""
-        spare = torch.zeros(2 * self.size, dtype=torch.uint8, device=self._device.type)
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        works = self.exchange([(spare[rank : rank + 1], rank) for rank in others],
-                              [(spare[self.size + rank :][:1], rank) for rank in others], tag="warm up")  # fmt: skip
-        for work in works:
-            work.wait()
-        self.barrier(tag="warm up")
+    def warm_up(self, pairs: Iterable[tuple[int, int]] | None = None) -> None:
+        """Connect each (sender, receiver) of `pairs`, by default all, and send a byte; every rank passes the same.
+
+        Connecting takes long, and cannot be captured into a graph.
+        """
+        everybody = range(self.size)
+        pairs = [(a, b) for a in everybody for b in everybody] if pairs is None else pairs
+        for low, high in sorted(
+            {(min(pair), max(pair)) for pair in pairs}
+        ):  # whom a rank waits for waits for nobody else
+            if low != high and self.rank in (low, high):
+                peer = low + high - self.rank
+                spare = torch.zeros(2, dtype=torch.uint8, device=self._device.type)
+                for work in self.exchange([(spare[:1], peer)], [(spare[1:], peer)], tag="warm up"):
+                    work.wait()
 
     def exchange(self, sends: list[tuple], recvs: list[tuple], *, tag: str = "") -> list[Work]:
         """Post messages that take place together, whatever the order on the peers: pairs (dense tensor, rank)."""
@@ -95,6 +104,8 @@ class NcclCommunicator(ComparedCommunicator):
         records = [self._record_message(kind, tensor, peer, tag) for kind, tensor, peer in ends]
         if not records:
             return []
+        for record, (_, _, peer) in zip(records, ends, strict=True):
+            self._connect(record, peer)
         stream = self._device.stream()
         messages = [core_calls.message(tensor, peer, tag, stream) for _, tensor, peer in ends]
         cores = self._attempt(
@@ -172,8 +183,40 @@ class NcclCommunicator(ComparedCommunicator):
 
     def _transfer(self, kind: str, call: Callable, tensor: torch.Tensor, peer: int, tag: str, landed) -> Work:
         record = self._record_message(kind, tensor, peer, tag)
+        self._connect(record, peer)
         message = core_calls.message(tensor, peer, tag, self._device.stream())
         return self._keep(record, self._attempt(record, lambda _: call(message), self.timeout), (tensor,), landed)
+
+    def _connect(self, record: Call, peer: int) -> None:
+        """Connect with `peer` in both directions, unless that was done."""
+        if peer in self._connected:
+            return
+
+        def connect(deadline: float) -> None:
+            low, high = sorted((self.rank, peer))
+            for sender, receiver in ((low, high), (high, low)):
+                sends = sender == self.rank
+                self._core.connect(peer, sends, self._pair_id(sender, receiver, sends, deadline), self.timeout)
+
+        # Not as a wait of this rank's: to connect takes longer than ranks may wait in a circle.
+        self._attempt(record, connect, self.timeout)
+        self._connected.add(peer)
+
+    def _pair_id(self, sender: int, receiver: int, sends: bool, deadline: float) -> bytes:
+        """The unique id of a pair's communicator, which the sender makes."""
+        key = f"pair/{sender}>{receiver}"
+        if sends:
+            self._store.set(key, C.nccl_unique_id().hex())
+        while not self._store.check([key]):
+            if self._board.failure is not None:
+                raise Interrupted
+            if time.monotonic() > deadline:
+                raise TransportTimeout(
+                    f"rank {sender} did not connect for messages with rank {receiver}; where ranks begin by messages "
+                    "in a circle, call warm_up() first"
+                )
+            time.sleep(0.001)
+        return bytes.fromhex(self._store.get(key).decode())
 
     def _keep(self, record: Call, core, tensors: tuple, landed) -> "_NcclWork":
         self._kept[:] = [kept for kept in self._kept if not kept.core.over()]

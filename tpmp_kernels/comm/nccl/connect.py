@@ -13,8 +13,6 @@ from tpmp_kernels.comm.nccl.communicator import NcclCommunicator
 from tpmp_kernels.comm.nccl.device import Cuda, Device
 from tpmp_kernels.errors import TransportError
 
-_LANES = 3  # communicators of NCCL: collectives, messages to higher ranks, messages to lower ranks
-
 
 def connect(
     group: dist.ProcessGroup,
@@ -38,8 +36,8 @@ def connect(
     if len(set(told)) > 1:  # they would wait for each other in the handshake
         versions = ", ".join(f"rank {other} has {text}" for other, text in enumerate(told))
         raise CannotShare(f"the ranks load different versions of NCCL: {versions}")
-    ids = meeting.exchange("ids", " ".join(C.nccl_unique_id().hex() for _ in range(_LANES)) if rank == 0 else "")
-    core = C.NcclTransport([bytes.fromhex(text) for text in ids[0].split()], rank, size, timeout, max_ctas)
+    ids = meeting.exchange("id", C.nccl_unique_id().hex() if rank == 0 else "")
+    core = C.NcclTransport(bytes.fromhex(ids[0]), rank, size, timeout, max_ctas)
     return NcclCommunicator(group, core, device or Cuda(), host(), name=name, timeout=timeout)
 
 
