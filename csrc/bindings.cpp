@@ -180,6 +180,7 @@ void bind_nccl(py::module_& m) {
            "Posts a collective behind a mark and a counter.")
       .def("set_timeout", &NcclTransport::set_timeout, "seconds"_a, "Of messages, and of calls into NCCL.")
       .def("failure", &failure_of, "(error class, culprit, text) once the group has failed, else None.")
+      .def("gates", &NcclTransport::gates, "Whether the driver can let a stream wait for a counter.")
       .def("streams", &NcclTransport::streams, "Of collectives, then of each pair in the order of connecting.");
 }
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from nccl_world import Rank, connected, double, plan, run, synchronize
+from nccl_world import Rank, connected, double, plan, run, stream, synchronize
 from shm_world import caught
 
 from tpmp_kernels import errors
@@ -215,17 +215,23 @@ def test_a_slow_peer_is_waited_for():
 
 
 def _captured(rank: Rank, together: threading.Barrier) -> list:
-    cuda, x = double()[0], torch.ones(4)
+    cuda, x, y, gate = double()[0], torch.ones(4), torch.ones(4), torch.zeros(1, dtype=torch.int32)
+    assert cuda.cuStreamWaitValue32_v2(rank.stream, gate.data_ptr(), 1, 0) == 0
+    pending = rank.all_reduce(y)  # the watch asks for it all along
     together.wait()  # nobody may synchronize a stream while another thread captures
+    waiting, rank.stream = rank.stream, stream()
     assert cuda.fake_cuda_capture_begin(rank.stream) == 0
     work = rank.all_reduce(x)
     seen = [work.done(), caught(lambda: work.wait(1))[2]]
-    time.sleep(0.1)  # the watch looks on: what it asks must not break the capture off
+    time.sleep(0.1)  # what the watch asks meanwhile must not break the capture off
     work.order(rank.stream)
     joined = (ctypes.c_void_p * 1)(rank.core.streams()[0])
     graph = cuda.fake_cuda_capture_end(rank.stream, joined, 1)
     assert graph
     together.wait()
+    gate[0] = 1
+    pending.order(waiting)
+    synchronize(waiting)
     seen += [x.tolist()]
     for _ in range(2):
         assert cuda.fake_cuda_graph_launch(graph, rank.stream) == 0

@@ -72,6 +72,11 @@ class Communicator(ABC):
         """True where a posted call moves its bytes while the caller computes, so that posting early hides it."""
         return False
 
+    @property
+    def gates(self) -> bool:
+        """True where a posted call can wait for a counter in device memory: see NcclCommunicator.behind."""
+        return False
+
     # ---- collectives
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum", *, tag: str = "", async_op: bool = False):

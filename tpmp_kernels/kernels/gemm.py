@@ -159,20 +159,27 @@ def operand(x: Tensor, block_rows: int, tile: tiles.Tile) -> Tensor | TensorDesc
 def results(tile: tiles.Tile, **named: Tensor | None) -> dict[str, Any]:
     """Contiguous results [M, N] of one dtype as a kernel stores them, each by its name, and how many columns at a time.
 
-    By descriptors where the tile has them and rows are aligned to 16 bytes. A part has the same bytes in fp32, since
-    it passes through shared memory.
+    By descriptors where the tile has them and rows are aligned to 16 bytes.
     """
-    out = next(each for each in named.values() if each is not None)
-    ragged = out.shape[1] * out.element_size() % 16 != 0 or any(
-        each is not None and each.data_ptr() % 16 != 0 for each in named.values()
-    )
-    descriptors = tile.loads == "descriptors" and not ragged
-    part = RAGGED_PART if ragged else tile.part * 2 // out.element_size()
-    block = [tile.block_m, min(part, tile.block_n)]
+    outs = [each for each in named.values() if each is not None]
+    descriptors = tile.loads == "descriptors" and not _ragged(*outs)
+    columns = part(tile, *outs)
+    block = [tile.block_m, min(columns, tile.block_n)]
     for name, each in named.items():
         if descriptors and each is not None:
             named[name] = TensorDescriptor.from_tensor(each, block)
-    return {**named, "STORE_DESCRIPTORS": descriptors, "PART": part}
+    return {**named, "STORE_DESCRIPTORS": descriptors, "PART": columns}
+
+
+def part(tile: tiles.Tile, *outs: Tensor) -> int:
+    """How many columns of contiguous results an epilogue works on at a time: the same bytes in fp32, since a part
+    passes through shared memory."""
+    return RAGGED_PART if _ragged(*outs) else tile.part * 2 // outs[0].element_size()
+
+
+def _ragged(*outs: Tensor) -> bool:
+    """Whether rows of some contiguous result are not aligned to 16 bytes."""
+    return any(each.shape[1] * each.element_size() % 16 != 0 or each.data_ptr() % 16 != 0 for each in outs)
 
 
 def choose(operation: str, x: Tensor, *weights: Tensor, epilogue: tiles.Epilogue) -> tiles.Tile | None:
@@ -182,9 +189,13 @@ def choose(operation: str, x: Tensor, *weights: Tensor, epilogue: tiles.Epilogue
     return dispatch.choose(operation, **_problem(operation, x, weights), epilogue=epilogue).tile
 
 
-def own_tile(operation: str, x: Tensor, *weights: Tensor, epilogue: tiles.Epilogue) -> tiles.Tile:
+def own_tile(
+    operation: str, x: Tensor, *weights: Tensor, epilogue: tiles.Epilogue, reserved_sms: int = 0
+) -> tiles.Tile:
     """The tile of our kernel, whatever torch's GEMM might do. TypeError for a dtype that no kernel takes."""
-    return tiles.tile(operation, **_problem(operation, x, weights), epilogue=epilogue)
+    problem = _problem(operation, x, weights)
+    problem["sms"] -= reserved_sms
+    return tiles.tile(operation, **problem, epilogue=epilogue)
 
 
 def _problem(operation: str, x: Tensor, weights: tuple[Tensor, ...]) -> dict[str, Any]:
@@ -197,11 +208,22 @@ def _problem(operation: str, x: Tensor, weights: tuple[Tensor, ...]) -> dict[str
     }  # fmt: skip
 
 
-def launch(kernel: Callable, named: dict[str, Any], tile: tiles.Tile, device: torch.device, *, splits: int = 1) -> None:
-    """Run the tiles of the result on the current stream of the device, persistent or one program each."""
+def launch(
+    kernel: Callable,
+    named: dict[str, Any],
+    tile: tiles.Tile,
+    device: torch.device,
+    *,
+    splits: int = 1,
+    reserved_sms: int = 0,
+) -> None:
+    """Run the tiles of the result on the current stream of the device, persistent or one program each.
+
+    `reserved_sms`: multiprocessors that a persistent kernel leaves to what runs beside it.
+    """
     programs = triton.cdiv(named["m"], tile.block_m) * triton.cdiv(named["n"], tile.block_n) * splits
     if tile.persistent:
-        programs = min(programs, chip(device)[1])
+        programs = min(programs, chip(device)[1] - reserved_sms)
     with on(device):
         kernel[(programs,)](**named, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
 

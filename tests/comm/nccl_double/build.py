@@ -15,7 +15,8 @@ COMMAND = ("g++", "-std=c++17", "-O0", "-Wall", "-Wextra", "-shared", "-fPIC", "
 @functools.cache
 def libraries() -> tuple[str, str]:
     """The paths of libcuda.so.1 and libnccl.so.2, made once for each state of the sources."""
-    digest = hashlib.sha256(b"".join((FOLDER / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
+    made_of = [" ".join(COMMAND).encode(), *((FOLDER / name).read_bytes() for name in SOURCES)]
+    digest = hashlib.sha256(b"".join(made_of)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir(), f"tpmp-nccl-double-{os.getuid()}-{digest}")
     if not folder.exists():
         made = Path(tempfile.mkdtemp(prefix=folder.name))

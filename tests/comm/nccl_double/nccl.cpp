@@ -30,6 +30,7 @@ namespace {
 
 enum Code { kSuccess = 0, kInternal = 3, kInvalidArgument = 4, kInvalidUsage = 5, kInProgress = 7 };
 constexpr size_t kBytes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2};  // by data type
+constexpr int kLater = 20;  // ms after which an asynchronous error comes: when the call has returned
 constexpr unsigned kMagic = 0xcafebeef;
 struct UniqueId { char bytes[128]; };
 struct Config { size_t size; unsigned magic, version; int blocking; };
@@ -251,11 +252,11 @@ thread_local std::vector<Joint> group;
 void enqueue(const Comm& comm, FakeStream* stream, const Fault& fault, Step step) {
   ++comm->outstanding;
   const bool lost = fault.action == "async";
-  const int delay = fault.action == "delay" ? fault.value : 0;
-  if (lost) comm->state = fault.value;
+  const int delay = lost ? kLater : fault.action == "delay" ? fault.value : 0;
   if (fault.action == "inprogress") comm->polls = fault.value;
-  fake_cuda_push(stream, [=] {
+  fake_cuda_push(stream, [=, value = fault.value] {
     std::this_thread::sleep_for(std::chrono::milliseconds(delay));
+    if (lost) comm->state = value;
     while (lost && !comm->aborted) nap();
     if (!comm->aborted) step();
     --comm->outstanding;

@@ -2,7 +2,8 @@
 
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,15 @@ class Kept(NamedTuple):
     record: Call
     core: object
     tensors: tuple
+
+
+class Gate(NamedTuple):
+    """What `behind` waits for."""
+
+    mark: object
+    counters: torch.Tensor
+    index: int
+    count: int
 
 
 class NcclCommunicator(ComparedCommunicator):
@@ -72,6 +82,7 @@ class NcclCommunicator(ComparedCommunicator):
         super().__init__(board, leave, dist.get_rank(group), dist.get_world_size(group), name=name, timeout=timeout)
         self._core, self._device, self._host = core, device, host
         self._kept: list[Kept] = []
+        self._gate: Gate | None = None  # of the calls that are posted now
         self._connected: set[int] = set()  # with these peers
         # A kernel of NCCL may spin for as long as the communicator lives.
         board.blocked.add(core)
@@ -81,6 +92,24 @@ class NcclCommunicator(ComparedCommunicator):
     @property
     def overlaps(self) -> bool:
         return True
+
+    @property
+    def gates(self) -> bool:
+        return self._core.gates()
+
+    def mark(self):
+        """This place in the current stream, for `behind`."""
+        return self._core.mark(self._device.stream())
+
+    @contextmanager
+    def behind(self, mark, counters: torch.Tensor, index: int, count: int) -> Iterator[None]:
+        """A collective posted within waits for `mark` and until counters[index] (int32, contiguous) is at least
+        `count`, instead of for all that the current stream holds: for a kernel that counts what it has stored."""
+        self._gate = Gate(mark, counters, index, count)
+        try:
+            yield
+        finally:
+            self._gate = None
 
     def warm_up(self, pairs: Iterable[tuple[int, int]] | None = None) -> None:
         """Connect each (sender, receiver) of `pairs`, by default all, and send a byte; every rank passes the same.
@@ -162,8 +191,14 @@ class NcclCommunicator(ComparedCommunicator):
             return self._host._post(call, landed)
         record = self._record(call)
         posted = core_calls.collective(call, self._device.stream())
-        core = self._attempt(record, lambda _: self._core.post(posted, self.timeout), self.timeout)
-        return self._keep(record, core, (call.input, call.output), landed)
+        if (gate := self._gate) is None:
+            core = self._attempt(record, lambda _: self._core.post(posted, self.timeout), self.timeout)
+            return self._keep(record, core, (call.input, call.output), landed)
+        address = gate.counters.data_ptr() + gate.index * gate.counters.element_size()
+        core = self._attempt(
+            record, lambda _: self._core.post_gated(posted, self.timeout, gate.mark, address, gate.count), self.timeout
+        )
+        return self._keep(record, core, (call.input, call.output, gate.counters), landed)
 
     def _of_host(self, *tensors: torch.Tensor | None) -> bool:
         devices = {tensor.device for tensor in tensors if tensor is not None}

@@ -58,6 +58,11 @@ class Pending:
 def reduced(terms: Sequence[Term], out: Tensor, to: Pass) -> Pending:
     """Fills out [M, N]."""
     terms, works = _widened(terms), []
+    if to.plan.mode == "signal":
+        from tpmp_kernels.comm.overlap.signal import signalled  # needs Triton
+
+        ((a, b),) = terms
+        return Pending(out, signalled(a, b.t(), out, to.comm, to.plan, to.tag))
     for part, rows in to.chunks(len(out)):
         sum_of_products([(a[rows], b) for a, b in terms], out[rows])
         works.append(to.start(to.comm.all_reduce, out[rows], part=part))

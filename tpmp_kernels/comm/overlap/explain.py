@@ -4,7 +4,7 @@ print(explain("linear_all_reduce", x.shape, weight.shape, x.dtype, comm))
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -90,7 +90,7 @@ def plan_of(
 ) -> Plan:
     """The plan of a call whose x serves some weights [N_i, K]: a function of its arguments alone, which are the same on
     every rank. ValueError for names, shapes and modes."""
-    _check(name, x_shape, comm, mode, chunks)
+    _check(name, x_shape, len(weight_shapes), comm, mode, chunks)
     costs = _costs(name, x_shape, weight_shapes, dtype, comm, rates or default_rates(device))
     rows = _rows(name, x_shape, comm)
     if comm.size == 1:
@@ -99,19 +99,23 @@ def plan_of(
         return Plan("none", 1, costs, "asked for")
     if mode == "auto":
         return choose(costs, rows, overlaps=comm.overlaps, transport=comm.transport)
+    if mode == "signal":
+        whole = replace(costs, overhead=0.0)  # no GEMM is cut
+        many = chunks or fastest(whole, rows, least=2)
+        return Plan("signal", min(many, max(rows, 1)), whole, "asked for")
     if chunks is not None:
         return Plan("chunked", len(bounds(rows, chunks)), costs, "asked for")
     return Plan("chunked", fastest(costs, rows, least=2), costs, "asked for; so many are the fastest")
 
 
-def _check(name: str, x_shape: Sequence[int], comm: Communicator, mode: str, chunks: int | None) -> None:
+def _check(name: str, x_shape: Sequence[int], weights: int, comm: Communicator, mode: str, chunks: int | None) -> None:
     if name not in _MOVES:
         raise ValueError(f"explain: expected one of {', '.join(_MOVES)}, got {name!r}; only these overlap")
     if mode == "signal":
-        raise ValueError(f"{name}: signal needs CUDA tensors and the nccl transport; use chunked or auto")
-    if mode not in MODES:
+        _check_signal(name, weights, comm)
+    elif mode not in MODES:
         raise ValueError(f"{name}: mode is {mode!r}; pass one of {', '.join(MODES)}")
-    if chunks is not None and (mode != "chunked" or chunks < 1):
+    if chunks is not None and (mode not in ("chunked", "signal") or chunks < 1):
         raise ValueError(f'{name}: chunks is {chunks} in mode {mode!r}; pass at least 1, and mode="chunked"')
     if name in ("linear_all_reduce", "copy_linear"):
         return
@@ -122,6 +126,15 @@ def _check(name: str, x_shape: Sequence[int], comm: Communicator, mode: str, chu
             f"{name}: x has {x_shape[0]} rows, not divisible by {comm.size} ranks; pad it to "
             f"{-(-x_shape[0] // comm.size) * comm.size}"
         )
+
+
+def _check_signal(name: str, weights: int, comm: Communicator) -> None:
+    if name not in ("linear_all_reduce", "copy_linear"):
+        raise ValueError(f"{name}: signal is for linear_all_reduce and copy_linear; use chunked or auto")
+    if comm.size > 1 and not comm.gates:
+        raise ValueError(f"{name}: signal needs CUDA tensors and the nccl transport; use chunked or auto")
+    if weights > 1:
+        raise ValueError(f"{name}: signal multiplies one weight in a pass, got {weights}; use chunked or auto")
 
 
 def _rows(name: str, x_shape: Sequence[int], comm: Communicator) -> int:

@@ -58,7 +58,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Plan:
-    """mode "none" or "chunked"; chunked in one chunk: whole, but with what stands behind the GEMM under the link."""
+    """mode "none", "chunked" or "signal". Chunked in one chunk: whole, with what stands behind it under the link."""
 
     mode: str
     chunks: int
