@@ -122,10 +122,10 @@ class NcclTransport final : public Transport, public std::enable_shared_from_thi
   [[noreturn]] void throw_failure(const std::string& what);
   std::shared_ptr<Work> posted(Collective, double timeout, const Gate* gate);
   // On the lane's stream: after what `caller` holds, or after `gate`, what `issue` enqueues, and an event behind it.
-  std::shared_ptr<Operation> enqueue(const std::shared_ptr<Lane>& lane, std::string what, double timeout, cuda::Stream caller,
-                                     const Issue& issue, const Gate* gate);
-  std::shared_ptr<Operation> prepare(const std::shared_ptr<Lane>& lane, std::string what, double timeout, cuda::Stream caller,
-                                     const Gate* gate);
+  std::shared_ptr<Operation> enqueue(const std::shared_ptr<Lane>& lane, std::string what, double timeout,
+                                     cuda::Stream caller, const Issue& issue, const Gate* gate);
+  std::shared_ptr<Operation> prepare(const std::shared_ptr<Lane>& lane, std::string what, double timeout,
+                                     cuda::Stream caller, const Gate* gate);
   void finish(const std::shared_ptr<Operation>& operation);
   // `step` with these lanes' communicators locked, and their answers once they are no longer "in progress".
   Result inside(const std::vector<Lane*>& lanes, double timeout, const std::function<Result()>& step);

@@ -15,6 +15,7 @@ from loss_oracle import FORMS, OF_FEATURES, assert_exact, call_of, drawn, exact,
 
 from tpmp_kernels import ops
 from tpmp_kernels.comm import Communicator, communicator
+from tpmp_kernels.ops.vocab_products import Products
 from tpmp_kernels.tensor_parallel import VocabParallelHead, shard_of
 
 # Imported once, in the ranks' fork server if that is not up yet, instead of by each of the ranks for seconds.
@@ -291,3 +292,62 @@ def test_every_rank_refuses_in_the_same_sentence_and_can_go_on(ranks, what):
             assert refused == f"{kind}: {op}: {text}"
             assert sent == (["all_gather"] if what in ("whole", "gap", "options", "size") else [])
             assert abs(loss - expected[0]) <= 1e-13
+
+
+# ---- dX on its way under dW
+
+
+class Overlapping(Counted):
+    """One that overlaps: what is posted is written down, and so is its end."""
+
+    overlaps = True
+
+    def all_reduce(self, tensor, *, tag, async_op=False):
+        work = self.comm.all_reduce(tensor, tag=tag, async_op=async_op)
+        self.sent.append("posted" if async_op else "blocking")
+        return work if not async_op else _Noted(work, self.sent)
+
+
+class _Noted:
+    def __init__(self, work, sent: list):
+        self._work, self._sent = work, sent
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._sent.append("waited")
+
+
+def overlapped(scale: float | None) -> tuple[list, bool]:
+    """What the gradients sent and did, in order, and whether they have the bits of a group that does not overlap."""
+    with communicator(dist.group.WORLD, transport="shm") as comm, small_cuts(), pytest.MonkeyPatch.context() as patch:
+        ids, noted, grads, put = (
+            [slice(0, 31), slice(31, CLASSES)][comm.rank],
+            Overlapping(comm),
+            [],
+            Products.put_dweight,
+        )
+
+        def put_and_note(*args, **named):
+            noted.sent.append("dW")
+            put(*args, **named)
+
+        patch.setattr(Products, "put_dweight", put_and_note)
+        for group in (comm, noted):
+            noted.sent.clear()
+            x = drawn(TOKENS, WIDTH, seed=1).float().requires_grad_()
+            weight = drawn(CLASSES, WIDTH, seed=2).float()[ids].clone().requires_grad_()
+            loss = ops.linear_cross_entropy(
+                x, weight, targets(), group=group, vocab_start=ids.start, vocab_size=CLASSES, grad_scale=scale
+            )
+            loss.backward()
+            grads.append((x.grad, weight.grad))
+        return [what for what in noted.sent if isinstance(what, str)], all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_dx_is_on_its_way_under_dw(ranks, scale):
+    for sent, equal in ranks(2).run(overlapped, scale):
+        assert equal
+        first, last = sent.index("posted"), len(sent) - 1 - sent[::-1].index("dW")
+        assert first < last < sent.index("waited"), sent
+        assert "blocking" not in sent and sent.count("posted") == sent.count("waited") == (1 if scale is None else 4)

@@ -1,10 +1,12 @@
 """Groups of ranks inside ops: an int at the torch.library boundary, where only data may pass, and what ranks exchange.
 
-A group is any object with `rank`, `size`, `all_gather(output, input, tag=)` and `all_reduce(tensor, tag=)`.
+A group is any object with `rank`, `size`, `all_gather(output, input, tag=)` and `all_reduce(tensor, tag=)`. One whose
+`overlaps` is true also takes `async_op=True` in the latter, and returns something to `wait()` for.
 """
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,6 +67,19 @@ def all_reduce(tensor: Tensor, number: int, tag: str) -> Tensor:
     if group is not None:
         group.all_reduce(tensor, tag=tag)
     return tensor
+
+
+def overlaps(number: int) -> bool:
+    """Whether the group moves what is posted while this rank computes."""
+    return getattr(find(number), "overlaps", False)
+
+
+def post_all_reduce(tensor: Tensor, number: int, tag: str) -> Callable[[], object]:
+    """As all_reduce, on its way under what is computed next where the group overlaps; call the result for its end."""
+    if overlaps(number):
+        return find(number).all_reduce(tensor, tag=tag, async_op=True).wait
+    all_reduce(tensor, number, tag)
+    return lambda: None
 
 
 def all_gather(

@@ -1,5 +1,7 @@
 """The loss of x @ weight^T on slices of the vocabulary, and its gradients: made again in backward, or in forward."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -46,12 +48,21 @@ def gradients(
     rows = products.operand(as_rows(x))
     dx = rows.new_zeros(rows.shape, dtype=products.wide) if need_x else None
     gradient = vocab.Gradient(vocab.upstream(dloss, target, loss), statistics, target, loss)
-    for ids in products.slices():
+    finish, slices = _nothing, list(products.slices())
+    for ids in slices:
         d = products.gradient(gradient, rows, ids, loss.start)
-        _spread(products, d, ids, rows, dx, dweight, add=add)
+        if dx is not None:
+            products.add_dx(dx, d, ids)
+        if ids is slices[-1]:
+            finish = _reduce(dx, partial_dx, loss)  # under the last of dW
+        if dweight is not None:
+            products.put_dweight(dweight, d, rows, ids, add=add)
+    if not slices:
+        finish = _reduce(dx, partial_dx, loss)
     if dweight is not None and not add:
         dweight[classes:] = 0
-    return _given(dx, x, partial_dx, loss)
+    finish()
+    return _given(dx, x)
 
 
 def losses_and_gradients(
@@ -77,6 +88,7 @@ def losses_and_gradients(
     dx = torch.zeros(features.shape, dtype=products.wide, device=x.device) if need_x else None
     dtype = products.wide if wide or len(chunks) > _ROUNDINGS else weight.dtype
     dweight = torch.empty(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
+    finishes, by_chunks = [], groups.overlaps(loss.group)
     for tokens in chunks:
         rows, own = products.operand(features[tokens]), target[tokens]
         found = vocab.Statistics(own, products.wide, loss)
@@ -90,32 +102,33 @@ def losses_and_gradients(
         own_dx = None if dx is None else dx[tokens]
         for ids, z in zip(products.slices(), logits, strict=True):
             d = products.gradient_of(gradient, z, loss.start + ids.start)
-            _spread(products, d, ids, rows, own_dx, dweight, add=tokens.start > 0)
+            if own_dx is not None:
+                products.add_dx(own_dx, d, ids)
+            if dweight is not None:
+                products.put_dweight(dweight, d, rows, ids, add=tokens.start > 0)
+        if by_chunks:
+            finishes.append(_reduce(own_dx, partial_dx, loss))  # under the next chunk
+    if not by_chunks:
+        finishes.append(_reduce(dx, partial_dx, loss))
     if dweight is not None:
         dweight[classes:] = 0
         dweight = dweight if wide else dweight.to(weight.dtype)
-    return each, _given(dx, x, partial_dx, loss), dweight
+    for finish in finishes:
+        finish()
+    return each, _given(dx, x), dweight
 
 
-def _spread(
-    products: Products,
-    d: Tensor,
-    ids: slice,
-    rows: Tensor,
-    dx: Tensor | None,
-    dweight: Tensor | None,
-    *,
-    add: bool,
-) -> None:
-    """What d of a slice is to dx and dweight."""
-    if dx is not None:
-        products.add_dx(dx, d, ids)
-    if dweight is not None:
-        products.put_dweight(dweight, d, rows, ids, add=add)
+def _nothing() -> None:
+    """Of a dx that needs no reduction."""
 
 
-def _given(dx: Tensor | None, x: Tensor, partial_dx: bool, loss: vocab.Loss) -> Tensor | None:
-    """dx, of which each rank has the part of its columns: summed over the ranks, unless partial, and rounded once."""
-    if dx is not None and not partial_dx:
-        groups.all_reduce(dx, loss.group, f"{_OP}.dx")
+def _reduce(dx: Tensor | None, partial_dx: bool, loss: vocab.Loss) -> Callable[[], object]:
+    """Begin to sum dx, of which each rank has the part of its columns, over the ranks, unless it is to stay partial."""
+    if dx is None or partial_dx:
+        return _nothing
+    return groups.post_all_reduce(dx, loss.group, f"{_OP}.dx")
+
+
+def _given(dx: Tensor | None, x: Tensor) -> Tensor | None:
+    """dx, rounded once."""
     return None if dx is None else dx.to(x.dtype).view(x.shape)
