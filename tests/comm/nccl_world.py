@@ -67,6 +67,10 @@ def log() -> list[str]:
     return text.value.decode().splitlines()
 
 
+# Tensors whose addresses were passed on: as on a device, an operation may still touch them when its call is long over.
+KEPT: list[torch.Tensor] = []
+
+
 class Rank:
     """One thread's transport with a stream of the caller's."""
 
@@ -75,6 +79,7 @@ class Rank:
 
     def collective(self, kind: str, input, output, numel: int, op: str | None = "sum", root: int = -1, tag: str = "",
                    splits: tuple = ((), ())):  # fmt: skip
+        KEPT.extend(t for t in (input, output) if t is not None)
         tensor = input if input is not None else output
         dtype = str(torch.float32 if tensor is None else tensor.dtype).removeprefix("torch.")
         ends = [0 if t is None else t.data_ptr() for t in (input, output)]
@@ -82,6 +87,7 @@ class Rank:
                             *splits, self.stream)  # fmt: skip
 
     def message(self, tensor: torch.Tensor, peer: int, tag: str = ""):
+        KEPT.append(tensor)
         dtype = str(tensor.dtype).removeprefix("torch.")
         return C.Message(tensor.data_ptr(), tensor.numel(), C.DTYPES[dtype], peer, tag, self.stream)
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from cases import KINDS, OPS, REDUCING, Case
-from nccl_world import Rank, connected, double, log, run, synchronize
+from nccl_world import KEPT, Rank, connected, double, log, run, synchronize
 from shm_world import caught, refusals
 
 from tpmp_kernels.comm import nccl
@@ -106,6 +106,7 @@ def _behind_slow_work(rank: Rank) -> list[float]:
     x, y = torch.zeros(4), torch.zeros(4)
     ready = torch.full((4,), rank.rank + 1.0)
     gate = torch.zeros(1, dtype=torch.int32)
+    KEPT.extend([y, ready, gate])
     assert cuda.cuStreamWaitValue32_v2(rank.stream, gate.data_ptr(), 1, 0) == 0
     assert cuda.cuMemcpyAsync(x.data_ptr(), ready.data_ptr(), 16, rank.stream) == 0
     work = rank.all_reduce(x)
@@ -162,6 +163,7 @@ def test_each_lane_has_a_stream_of_its_own(ranks):
 def _gated(rank: Rank) -> list:
     """Two chunks, each reduced when its counter has its count; the second counter moves first."""
     counters, chunks = torch.zeros(2, dtype=torch.int32), torch.ones(2, 5)
+    KEPT.append(counters)
     after = rank.core.mark(rank.stream)
     calls = [rank.collective("all_reduce", chunk, chunk, 5, tag=str(i)) for i, chunk in enumerate(chunks)]
     works = [rank.core.post_gated(call, 10.0, after, counters[i:].data_ptr(), 3) for i, call in enumerate(calls)]
@@ -181,6 +183,7 @@ def test_a_gated_call_waits_for_its_counter(ranks):
 
 def _gated_and_aborted(rank: Rank) -> str:
     counters, x = torch.zeros(1, dtype=torch.int32), torch.ones(4)
+    KEPT.append(counters)
     work = rank.core.post_gated(
         rank.collective("all_reduce", x, x, 4), 30.0, rank.core.mark(rank.stream), counters.data_ptr(), 3
     )

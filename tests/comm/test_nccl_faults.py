@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from nccl_world import Rank, connected, double, plan, run, stream, synchronize
+from nccl_world import KEPT, Rank, connected, double, plan, run, stream, synchronize
 from shm_world import caught
 
 from tpmp_kernels import errors
@@ -192,6 +192,7 @@ def test_an_operation_without_its_peer_times_out():
 def _late_by_computing(rank: Rank) -> float:
     """The caller's stream computes for longer than the deadline before the operation begins."""
     gate, x = torch.zeros(1, dtype=torch.int32), torch.ones(3)
+    KEPT.append(gate)
     assert double()[0].cuStreamWaitValue32_v2(rank.stream, gate.data_ptr(), 1, 0) == 0
     work = rank.all_reduce(x, timeout=0.2)
     time.sleep(0.5)
@@ -220,6 +221,7 @@ def test_a_slow_peer_is_waited_for():
 
 def _captured(rank: Rank, together: threading.Barrier) -> list:
     cuda, x, y, gate = double()[0], torch.ones(4), torch.ones(4), torch.zeros(1, dtype=torch.int32)
+    KEPT.append(gate)
     assert cuda.cuStreamWaitValue32_v2(rank.stream, gate.data_ptr(), 1, 0) == 0
     pending = rank.all_reduce(y)  # the watch asks for it all along
     together.wait()  # nobody may synchronize a stream while another thread captures

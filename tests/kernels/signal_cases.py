@@ -181,7 +181,7 @@ def check_call() -> None:
         assert counters.tolist() == counts + [0] * (4 - len(counts))
         return counts
 
-    assert len(call(300, 65, 3, 2)) == 2
+    assert len(call(130, 65, 3, 2)) == 2
     assert len(call(7, 65, 3, 4)) == 1
     assert call(0, 5, 3, 2) == []
     assert call(5, 0, 3, 2) == [0]

@@ -109,7 +109,7 @@ def test_aot_signal_check_sees_what_is_taken_out_of_our_code(lines, by, fault):
         pytest.param("before_the_store", "a store after the last signal", marks=pytest.mark.full),
         pytest.param("within_the_device", "is not of the system", marks=pytest.mark.full),
         pytest.param("relaxed", "no fence of the system between", marks=pytest.mark.full),
-        ("by_descriptor", "stores by descriptor"),
+        pytest.param("by_descriptor", "stores by descriptor", marks=pytest.mark.full),
     ],
 )
 def test_aot_signal_check_sees_counterexamples(name, fault):
