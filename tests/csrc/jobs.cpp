@@ -43,9 +43,9 @@ void work(int rank, int world, Page& page) {
   for (;;) {
     const auto block = transport->allocate(400'000);
     float* data = reinterpret_cast<float*>(block->data);
-    const auto send = transport->isend(data, 100'000, DType::f32, next, "", false);
+    const auto send = transport->isend({data, 100'000, DType::f32, next, ""}, false);
     const auto other = transport->allocate(400'000);
-    transport->irecv(other->data, 100'000, DType::f32, before, "", true)->wait(kPatience);
+    transport->irecv({other->data, 100'000, DType::f32, before, ""}, true)->wait(kPatience);
     send->wait(kPatience);
     transport->run({Kind::all_reduce, DType::f32, ReduceOp::sum, -1, 100'000, data, data, "", {}, {}}, kPatience);
     page.outcomes[rank].told.fetch_add(1);

@@ -23,8 +23,8 @@ class Program {
     const auto work = transport_->post(sum(posted_, "posted"), timeout_);
     transport_->run(sum(small_, "small"), timeout_);
     const int next = (rank_ + 1) % world_, before = (rank_ + world_ - 1) % world_;
-    const auto send = transport_->isend(sent_.data(), sent_.size(), DType::f32, next, "message", false);
-    transport_->irecv(taken_.data(), taken_.size(), DType::f32, before, "message", true)->wait(timeout_);
+    const auto send = transport_->isend({sent_.data(), sent_.size(), DType::f32, next, "message"}, false);
+    transport_->irecv({taken_.data(), taken_.size(), DType::f32, before, "message"}, true)->wait(timeout_);
     send->wait(timeout_);
     transport_->run(sum(large_, "large"), timeout_);
     work->wait(timeout_);

@@ -162,10 +162,10 @@ std::unique_ptr<Script::Call> Script::draw_transfer(bool sends, int shift, uint6
   const std::string tag = "shift " + std::to_string(shift);
   if (sends) {
     for (uint64_t i = 0; i < numel; ++i) put(drawn->out, dtype, i, value(drawn->number + shift, rank_, i));
-    drawn->work = transport_->isend(drawn->out, numel, dtype, (rank_ + shift) % world_, tag, false);
+    drawn->work = transport_->isend({drawn->out, numel, dtype, (rank_ + shift) % world_, tag}, false);
   } else {
     drawn->result = numel;
-    drawn->work = transport_->irecv(drawn->out, numel, dtype, (rank_ + world_ - shift) % world_, tag, false);
+    drawn->work = transport_->irecv({drawn->out, numel, dtype, (rank_ + world_ - shift) % world_, tag}, false);
   }
   ++transfers_;
   return drawn;
