@@ -100,10 +100,10 @@ void bind_transport(py::module_& m) {
   py::class_<Transport, std::shared_ptr<Transport>>(m, "Transport", "Addresses are ints, dtypes and ops their codes.")
       .def("run", &Transport::run, "call"_a, "timeout"_a, release(), "Carries out a collective.")
       .def("post", &Transport::post, "call"_a, "timeout"_a, release(), "Posts a collective.")
-      .def("isend", [](Transport& t, const Message& message) { return t.isend(message, false); }, "message"_a, release(),
-           "Posts a send.")
-      .def("irecv", [](Transport& t, const Message& message) { return t.irecv(message, false); }, "message"_a, release(),
-           "Posts a receive.")
+      .def("isend", [](Transport& t, const Message& message) { return t.isend(message, false); }, "message"_a,
+           release(), "Posts a send.")
+      .def("irecv", [](Transport& t, const Message& message) { return t.irecv(message, false); }, "message"_a,
+           release(), "Posts a receive.")
       .def("send", [](Transport& t, const Message& message, double timeout) { t.isend(message, true)->wait(timeout); },
            "message"_a, "timeout"_a, release(), "Sends.")
       .def("recv", [](Transport& t, const Message& message, double timeout) { t.irecv(message, true)->wait(timeout); },
@@ -174,11 +174,9 @@ void bind_nccl(py::module_& m) {
            release(), "Collective over the ranks; the current CUDA context is the rank's.")
       .def("connect", &NcclTransport::connect, "peer"_a, "sends"_a, "id"_a, "timeout"_a, release(),
            "Connects with a peer for messages in one direction.")
-      .def("exchange", &NcclTransport::exchange, "sends"_a, "recvs"_a, release(), "Messages that take place together.")
       .def("mark", &NcclTransport::mark, "stream"_a, release(), "This place in the stream.")
-      .def("post_gated", &NcclTransport::post_gated, "call"_a, "timeout"_a, "after"_a, "address"_a, "value"_a, release(),
-           "Posts a collective behind a mark and a counter.")
-      .def("set_timeout", &NcclTransport::set_timeout, "seconds"_a, "Of messages, and of calls into NCCL.")
+      .def("post_gated", &NcclTransport::post_gated, "call"_a, "timeout"_a, "after"_a, "address"_a, "value"_a,
+           release(), "Posts a collective behind a mark and a counter.")
       .def("failure", &failure_of, "(error class, culprit, text) once the group has failed, else None.")
       .def("gates", &NcclTransport::gates, "Whether the driver can let a stream wait for a counter.")
       .def("streams", &NcclTransport::streams, "Of collectives, then of each pair in the order of connecting.");

@@ -11,34 +11,25 @@
 namespace tpmp::cuda {
 
 using Result = int;
-using Device = int;
 using DevicePtr = unsigned long long;
 using Context = struct ContextHandle*;
 using Stream = struct StreamHandle*;
 using Event = struct EventHandle*;
-using Module = struct ModuleHandle*;
-using Function = struct FunctionHandle*;
-struct IpcHandle { char reserved[64]; };
 
 constexpr Result kSuccess = 0, kNotReady = 600;
 constexpr unsigned kStreamNonBlocking = 1;
 constexpr unsigned kEventDisableTiming = 2;
 constexpr unsigned kWaitGeq = 0;      // CU_STREAM_WAIT_VALUE_GEQ: (int32_t)(*address - value) >= 0
 constexpr int kCaptureRelaxed = 2;    // CU_STREAM_CAPTURE_MODE_RELAXED
-constexpr unsigned kIpcLazyPeerAccess = 1;
-constexpr int kAttributeMultiprocessors = 16;
 
 // One table a process. A member is null where the driver lacks it: `wait_value` and `write_value` alone.
 struct Api {
   Result (*init)(unsigned flags);
-  Result (*driver_version)(int*);
   Result (*error_name)(Result, const char**);
   Result (*error_string)(Result, const char**);
   Result (*context_get)(Context*);
   Result (*context_set)(Context);
-  Result (*context_device)(Device*);
   Result (*priority_range)(int* least, int* greatest);
-  Result (*device_attribute)(int*, int attribute, Device);
   Result (*stream_create)(Stream*, unsigned flags, int priority);
   Result (*stream_destroy)(Stream);
   Result (*stream_wait_event)(Stream, Event, unsigned flags);
@@ -52,17 +43,8 @@ struct Api {
   Result (*wait_value)(Stream, DevicePtr, uint32_t value, unsigned flags);
   Result (*write_value)(Stream, DevicePtr, uint32_t value, unsigned flags);
   Result (*memset32)(DevicePtr, unsigned value, size_t count, Stream);
-  Result (*copy)(DevicePtr to, DevicePtr from, size_t bytes, Stream);
   Result (*allocate)(DevicePtr*, size_t bytes);
   Result (*release)(DevicePtr);
-  Result (*ipc_get)(IpcHandle*, DevicePtr);
-  Result (*ipc_open)(DevicePtr*, IpcHandle, unsigned flags);
-  Result (*ipc_close)(DevicePtr);
-  Result (*module_load)(Module*, const void* image);
-  Result (*module_unload)(Module);
-  Result (*module_function)(Function*, Module, const char* name);
-  Result (*launch)(Function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared_bytes, Stream, void** arguments, void** extra);
   std::string path;
 };
 

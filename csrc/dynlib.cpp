@@ -49,7 +49,8 @@ void* Library::find(const char* symbol) const { return dlsym(handle_, symbol); }
 void* Library::need(const char* symbol) const {
   void* address = find(symbol);
   if (address == nullptr)
-    throw transport_error(ErrorCode::system, -1, name_ + " at " + path_ + " has no " + symbol + "; install a newer one");
+    throw transport_error(ErrorCode::system, -1,
+                          name_ + " at " + path_ + " has no " + symbol + "; install a newer one");
   return address;
 }
 

@@ -10,8 +10,8 @@ namespace tpmp {
 // One library, opened once and never closed: closing NCCL or the driver under a running thread ends the process.
 class Library {
  public:
-  // Tries, in this order: the file `override` alone where it is given (a bad path is an error, never a fallback), a copy
-  // of `soname` that the process has loaded, each of `files`, then `soname` on the system's own path. Throws
+  // Tries, in this order: the file `override` alone where it is given (a bad path is an error, never a fallback), a
+  // copy of `soname` that the process has loaded, each of `files`, then `soname` on the system's own path. Throws
   // transport_error naming all that was tried and the reason of each failure.
   static Library open(const std::string& name, const std::string& soname, const std::string& override,
                       const std::vector<std::string>& files);

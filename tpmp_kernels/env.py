@@ -1,7 +1,7 @@
 """Every environment variable that this package reads, in one place. Each is read when it is needed, never at import.
 
 TPMP_EXT=require        a missing or stale compiled extension is an error (CI), at build and at import
-TPMP_TRANSPORT=NAME     shm | process_group: overrides the communicator's own choice
+TPMP_TRANSPORT=NAME     shm | process_group | nccl: overrides the communicator's own choice
 TPMP_OPS=NAME           triton | cpu | reference: overrides the choice of ops by device
 TPMP_NCCL=PATH          the NCCL library to load, before torch's, the wheel's and the system's
 TPMP_CUDA=PATH          the CUDA driver library to load, before the one that is loaded and the system's

@@ -53,7 +53,8 @@ class Parts {
 
 Result messages(const Api& api, const Collective& call, int rank, int size, Comm comm, cuda::Stream stream) {
   const size_t bytes = element_bytes(call.dtype);
-  const Parts in(call.input, call.input_splits, call.numel, bytes), out(call.output, call.output_splits, call.numel, bytes);
+  const Parts in(call.input, call.input_splits, call.numel, bytes);
+  const Parts out(call.output, call.output_splits, call.numel, bytes);
   const bool gathers = call.kind == Kind::gather, scatters = call.kind == Kind::scatter;
   Result result = api.group_start();
   for (int peer = 0; peer < size; ++peer) {

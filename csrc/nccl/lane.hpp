@@ -3,9 +3,11 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <mutex>
 #include <string>
+#include <thread>
 
 #include "../cuda_api.hpp"
 #include "../nccl_api.hpp"
@@ -13,7 +15,15 @@
 namespace tpmp::nccl {
 
 int64_t now_ns();
-void pause(int64_t nanoseconds);  // NCCL and CUDA wake nobody: they can only be asked again
+int64_t after(double seconds);  // from now
+
+// NCCL and CUDA wake nobody: they can only be asked again. Asks until `done`, at most until `deadline`; the last answer.
+template <class Done>
+bool ask_until(Done&& done, int64_t deadline, int64_t pause_ns) {
+  for (; !done(); std::this_thread::sleep_for(std::chrono::nanoseconds(pause_ns)))
+    if (now_ns() > deadline) return false;
+  return true;
+}
 
 struct Lane {
   std::string name;               // "collectives", "messages to rank 1", "messages from rank 1"

@@ -38,7 +38,7 @@ class Events {
   std::vector<cuda::Event> free_;
 };
 
-// What an operation waits for instead of for the whole of the caller's stream: an event, then a counter in device memory.
+// What an operation waits for instead of the whole of the caller's stream: an event, then a counter in device memory.
 struct Gate {
   cuda::Event after = nullptr;
   uint64_t address = 0;
@@ -81,9 +81,9 @@ class NcclWork;
 
 class NcclTransport final : public Transport, public std::enable_shared_from_this<NcclTransport> {
  public:
-  // Collective over the ranks, who share the unique id. The current CUDA context is the rank's.
-  // `max_ctas`: multiprocessors that one collective may take, 0 for NCCL's own choice. Throws `timeout` where not all
-  // ranks come in time.
+  // Collective over the ranks, who share the unique id. The current CUDA context is the rank's. `timeout` bounds the
+  // connecting, each message and each call into NCCL. `max_ctas`: multiprocessors that one collective may take, 0 for
+  // NCCL's own choice.
   NcclTransport(const std::string& id, int rank, int size, double timeout, int max_ctas);
   ~NcclTransport() override;
 
@@ -98,14 +98,11 @@ class NcclTransport final : public Transport, public std::enable_shared_from_thi
   // Connects this rank with `peer` for messages to it (`sends`) or from it; returns when the peer has done so, too. A
   // message of a pair that is not connected is an error.
   void connect(int peer, bool sends, const std::string& id, double timeout);
-  // Messages that take place together, in whatever order the peers post theirs: all or none of them.
-  std::vector<std::shared_ptr<Work>> exchange(const std::vector<Message>& sends, const std::vector<Message>& recvs);
   std::shared_ptr<Mark> mark(uintptr_t stream);
   // As post, but takes place once `after` is reached and the counter at `address` is at least `value`, not once the
   // stream has come here: behind a kernel that raises the counter as it goes. Without `cuStreamWaitValue32` a
   // transport_error says so.
   std::shared_ptr<Work> post_gated(Collective, double timeout, const Mark& after, uint64_t address, uint32_t value);
-  void set_timeout(double seconds) { timeout_.store(seconds); }  // of messages
   std::optional<Failure> failure();
   std::vector<uintptr_t> streams();  // of collectives, then of each pair in the order of connecting
   bool gates() const { return cuda::api().wait_value != nullptr; }
@@ -114,26 +111,29 @@ class NcclTransport final : public Transport, public std::enable_shared_from_thi
   friend class NcclWork;
   using Issue = std::function<Result(Comm, cuda::Stream)>;
 
-  // transport.cpp: life and posting
+  // transport.cpp: life
   std::shared_ptr<Lane> open(const std::string& name, int ranks, int rank, const std::string& id, double timeout);
   std::vector<std::shared_ptr<Lane>> lanes();
-  std::shared_ptr<Lane> lane_of(const Message& message, bool sends);
+  std::shared_ptr<Lane> lane_of(int peer, bool sends);
+  void let_go();  // of all that NCCL and CUDA hold for it
+  std::string identity() const;
+
+  // posting.cpp
   void check_usable(const std::string& what);
   [[noreturn]] void throw_failure(const std::string& what);
   std::shared_ptr<Work> posted(Collective, double timeout, const Gate* gate);
+  std::shared_ptr<Work> posted(const Message&, bool sends);
   // On the lane's stream: after what `caller` holds, or after `gate`, what `issue` enqueues, and an event behind it.
   std::shared_ptr<Operation> enqueue(const std::shared_ptr<Lane>& lane, std::string what, double timeout,
                                      cuda::Stream caller, const Issue& issue, const Gate* gate);
   std::shared_ptr<Operation> prepare(const std::shared_ptr<Lane>& lane, std::string what, double timeout,
                                      cuda::Stream caller, const Gate* gate);
   void finish(const std::shared_ptr<Operation>& operation);
-  // `step` with these lanes' communicators locked, and their answers once they are no longer "in progress".
-  Result inside(const std::vector<Lane*>& lanes, double timeout, const std::function<Result()>& step);
+  // `issue` with the lane's communicator locked, and its answer once that is no longer "in progress".
+  Result inside(Lane& lane, double timeout, const Issue& issue);
   void judge(Result result, Lane& lane, const std::string& what, double timeout);
-  Result transfer(const std::vector<Message>& sends, const std::vector<Message>& recvs);
   void wait_host(const Operation& operation, double timeout);
   void interruptible();  // lets a signal's exception through, with the group failed
-  std::string identity() const;
 
   // watch.cpp
   void watch();
@@ -143,18 +143,18 @@ class NcclTransport final : public Transport, public std::enable_shared_from_thi
   void fail(ErrorCode code, int culprit, const std::string& text);
   void add_to_failure(const std::string& text);
   std::string said(Result result, Lane& lane);
-  double abort_seconds() const { return std::min(timeout_.load(), 10.0); }  // that NCCL has to abort
+  double abort_seconds() const { return std::min(timeout_, 10.0); }  // that NCCL has to abort
   void open_gates();
   bool abort_lanes();  // whether NCCL has returned from all
   void finalize_lanes(int64_t deadline);
 
   const int rank_, size_, max_ctas_;
+  const double timeout_;
   const cuda::Context context_;
   std::shared_ptr<Events> events_ = std::make_shared<Events>();
   std::shared_ptr<Lane> collectives_;
   cuda::DevicePtr barrier_word_ = 0;
   cuda::Stream rescue_ = nullptr;  // on which gates are opened when the group has failed
-  std::atomic<double> timeout_{60.0};
   std::atomic<bool> closed_{false};
 
   std::mutex order_;  // one order of launches for all lanes
@@ -195,6 +195,7 @@ struct Wire {
 Wire wire(DType dtype, bool reduced);  // movement goes as bytes
 Result worse(Result a, Result b);      // an error before "in progress" before success
 ErrorCode error_code(Result result);
+Result state_of(Comm comm);            // of its operations so far: success, "in progress", or what went wrong
 Result issue(const Api& api, const Collective& call, int rank, int size, Comm comm, cuda::Stream stream);
 bool empty(const Collective& call);    // whether nothing moves
 std::string words(const Collective& call);

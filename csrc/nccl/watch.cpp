@@ -21,6 +21,12 @@ ErrorCode error_code(Result result) {
   }
 }
 
+Result state_of(Comm comm) {
+  Result state = kSuccess;
+  const Result asked = api().async_error(comm, &state);
+  return asked != kSuccess ? asked : state;
+}
+
 void NcclTransport::watch() {
   const cuda::Current current(context_);
   int mode = cuda::kCaptureRelaxed;  // another thread's capture must not see these queries
@@ -49,14 +55,12 @@ void NcclTransport::look_at_lanes() {
     const std::unique_lock<std::timed_mutex> lock(lane->mutex, std::try_to_lock);
     if (!lock.owns_lock()) {
       const int64_t entered = lane->entered_ns.load();
-      if (entered != 0 && double(now_ns() - entered) > (timeout_.load() + 1) * 1e9)
+      if (entered != 0 && double(now_ns() - entered) > (timeout_ + 1) * 1e9)
         fail(ErrorCode::timeout, -1, "a call into NCCL itself (" + lane->name + ") does not return");
       continue;
     }
     if (lane->comm == nullptr) continue;
-    Result state = kSuccess;
-    const Result asked = api().async_error(lane->comm, &state);
-    const Result found = asked != kSuccess ? asked : state;
+    const Result found = state_of(lane->comm);
     if (found != kSuccess && found != kInProgress)
       fail(error_code(found), -1, "NCCL says: " + nccl::words(found, lane->comm));
   }
@@ -75,7 +79,8 @@ void NcclTransport::look_at_operations() {
     else look_at(*operation);
   }
   const std::lock_guard<std::mutex> lock(state_);
-  while (!under_way_.empty() && under_way_.front()->done.load()) under_way_.pop_front();
+  const auto done = [](const auto& operation) { return operation->done.load(); };
+  under_way_.erase(std::remove_if(under_way_.begin(), under_way_.end(), done), under_way_.end());
 }
 
 void NcclTransport::look_at(Operation& operation) {
@@ -156,10 +161,11 @@ void NcclTransport::finalize_lanes(int64_t deadline) {
   for (const auto& lane : lanes()) {
     const std::lock_guard<std::timed_mutex> lock(lane->mutex);
     Result state = kInProgress;
-    while (lane->comm != nullptr && state == kInProgress && now_ns() < deadline) {
-      if (api().async_error(lane->comm, &state) != kSuccess) state = kInternalError;
-      if (state == kInProgress) pause(kAskNs);
-    }
+    const auto through = [&] {
+      if (lane->comm != nullptr) state = state_of(lane->comm);
+      return lane->comm == nullptr || state != kInProgress;
+    };
+    ask_until(through, deadline, kAskNs);
     if (lane->comm == nullptr || state != kSuccess) continue;  // what is not through is aborted
     api().destroy(lane->comm);
     lane->comm = nullptr;

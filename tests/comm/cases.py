@@ -5,6 +5,7 @@ mine = case.run(comm, memory=comm.empty)     # the output on this rank, and whet
 want = case.expected(comm.rank, comm.size)
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +103,18 @@ class Case:
         if (output is None) != (want is None) or (want is not None and not same_bits(output, want)):
             return f"{self}: the output is not what it must be"
         return ""
+
+
+def grid(sizes, dtypes, moved=()) -> list[Case]:
+    """Every kind, size, dtype and reduce op; dtypes of `moved` where nothing is reduced."""
+    cases = []
+    for kind, n in itertools.product(KINDS, sizes):
+        for dtype, op in itertools.product(dtypes, OPS if kind in REDUCING else [""]):
+            if op != "avg" or dtype.is_floating_point:
+                cases.append(Case(kind, n, dtype, op or "sum"))
+        if kind not in REDUCING:
+            cases += [Case(kind, n, dtype) for dtype in moved]
+    return [*cases, *(Case("all_to_all", n, torch.float32, uneven=True) for n in sizes)]
 
 
 def tree(parts: list[torch.Tensor], op: str) -> torch.Tensor:

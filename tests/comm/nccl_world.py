@@ -10,6 +10,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,9 @@ from tpmp_kernels.comm.nccl import library
 def double() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     """The double's (libcuda, libnccl), loaded here and by the extension."""
     cuda, nccl_path = libraries()
-    os.environ["TPMP_CUDA"], os.environ["TPMP_NCCL"] = str(cuda), str(nccl_path)
+    os.environ.update(TPMP_CUDA=cuda, TPMP_NCCL=nccl_path, FAKE_NCCL_DIR=str(Path(cuda).with_name("worlds")))
     library.load()
-    made = ctypes.CDLL(str(cuda)), ctypes.CDLL(str(nccl_path))
+    made = ctypes.CDLL(cuda), ctypes.CDLL(nccl_path)
     made[0].fake_cuda_capture_end.restype = ctypes.c_void_p
     _types(made[0])
     made[0].cuStreamSynchronize(None)  # makes the null stream
@@ -45,10 +46,6 @@ def _types(cuda: ctypes.CDLL) -> None:
 def plan(text: str) -> None:
     """Faults of NCCL from here on: see nccl_double/nccl.cpp."""
     double()[1].fake_nccl_plan(text.encode())
-
-
-def plan_cuda(text: str) -> None:
-    double()[0].fake_cuda_plan(text.encode())
 
 
 def stream() -> int:
@@ -159,9 +156,9 @@ class Synced:
 
     def __getattr__(self, name: str):
         made = getattr(self._core, name)
-        if name not in ("post", "post_gated", "isend", "irecv", "exchange"):
+        if name not in ("post", "post_gated", "isend", "irecv"):
             return made
-        return lambda *args: _synced(made(*args))
+        return lambda *args: SyncedWork(made(*args))
 
 
 class SyncedWork:
@@ -172,10 +169,6 @@ class SyncedWork:
         self._work.order(address)
         self._work.wait(60.0)
         synchronize(address)
-
-
-def _synced(made):
-    return [SyncedWork(each) for each in made] if isinstance(made, list) else SyncedWork(made)
 
 
 def connected(timeout: float = 20.0, name: str = "") -> nccl.NcclCommunicator:

@@ -1,16 +1,14 @@
 """The nccl transport carries every collective and message, over the double: results, order, streams, buffers."""
 
 import gc
-import itertools
 import time
 
 import pytest
 import torch
-from cases import KINDS, OPS, REDUCING, Case
+from cases import Case, grid
 from nccl_world import KEPT, Rank, connected, double, log, run, synchronize
 from shm_world import caught, refusals
 
-from tpmp_kernels.comm import nccl
 from tpmp_kernels.comm._ext import C
 
 pytestmark = pytest.mark.skipif(C is None, reason="needs the compiled extension")
@@ -20,17 +18,6 @@ _INTEGERS = (torch.int64, torch.int32, torch.int8, torch.uint8)
 _MOVED = (torch.bool, torch.int16, torch.uint16, torch.complex64, torch.float8_e4m3fn)
 
 
-def _cases(sizes, dtypes, moved=()) -> list[Case]:
-    cases = []
-    for kind, n in itertools.product(KINDS, sizes):
-        for dtype, op in itertools.product(dtypes, OPS if kind in REDUCING else [""]):
-            if op != "avg" or dtype.is_floating_point:
-                cases.append(Case(kind, n, dtype, op or "sum"))
-        if kind not in REDUCING:
-            cases += [Case(kind, n, dtype) for dtype in moved]
-    return [*cases, *(Case("all_to_all", n, torch.float32, uneven=True) for n in sizes)]
-
-
 def _wrong(cases: list[Case]) -> list[str]:
     with connected() as comm:
         return [text for case in cases if (text := case.wrong(comm, *case.post(comm)()))]
@@ -38,7 +25,7 @@ def _wrong(cases: list[Case]) -> list[str]:
 
 def test_every_kind_dtype_op_and_size(ranks):
     """At two ranks no order of reduction is open."""
-    cases = _cases((0, 97), (torch.float32, torch.bfloat16), _MOVED[:2])
+    cases = grid((0, 97), (torch.float32, torch.bfloat16), _MOVED[:2])
     cases += [Case("all_reduce", 5, dtype) for dtype in (torch.float64, torch.float16, *_INTEGERS)]
     for wrong in ranks(2).run(_wrong, cases):
         assert wrong == []
@@ -48,12 +35,12 @@ def test_every_kind_dtype_op_and_size(ranks):
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_every_combination(ranks, size):
     exact = [torch.int64, torch.int32] if size > 2 else [*_FLOATS, *_INTEGERS]
-    for wrong in ranks(size).run(_wrong, _cases((0, 1, 2, 97, 10_007), exact, _MOVED)):
+    for wrong in ranks(size).run(_wrong, grid((0, 1, 2, 97, 10_007), exact, _MOVED)):
         assert wrong == []
 
 
 def test_three_ranks_move_and_add_integers(ranks):
-    for wrong in ranks(3).run(_wrong, _cases((7,), (torch.int64,), (torch.bool,))):
+    for wrong in ranks(3).run(_wrong, grid((7,), (torch.int64,), (torch.bool,))):
         assert wrong == []
 
 
@@ -85,19 +72,18 @@ def test_messages_of_both_directions_cross(ranks):
         assert all(seen), seen
 
 
-def _exchanged(rank: Rank) -> float:
-    """Round a ring of three: each sends to the next and receives from the one before, in one exchange."""
-    size = rank.size
+def _round(rank: Rank) -> float:
+    """A ring of three: each sends to the next and receives from the one before."""
     mine, theirs = torch.full((1000,), float(rank.rank)), torch.zeros(1000)
-    works = rank.core.exchange([rank.message(mine, (rank.rank + 1) % size)],
-                               [rank.message(theirs, (rank.rank - 1) % size)])  # fmt: skip
+    works = [rank.core.isend(rank.message(mine, (rank.rank + 1) % 3)),
+             rank.core.irecv(rank.message(theirs, (rank.rank - 1) % 3))]  # fmt: skip
     for work in works:
         rank.finish(work)
     return theirs.mean().item()
 
 
-def test_an_exchange_goes_round(ranks):
-    assert run(3, _exchanged, connected=True) == [2.0, 0.0, 1.0]
+def test_messages_go_round_without_a_buffer():
+    assert run(3, _round, connected=True) == [2.0, 0.0, 1.0]
 
 
 def _behind_slow_work(rank: Rank) -> list[float]:
@@ -267,11 +253,3 @@ def test_bad_input_is_refused_before_anything_starts(ranks):
         assert short.startswith("all_reduce: nccl cannot reduce torch.int16; convert to one of float64")
         assert elsewhere.startswith("all_reduce: nccl carries dense cpu tensors, got torch.strided on meta")
         assert "2 times the elements" in parts and "pass another group rank" in peer
-
-
-def test_where_nccl_is_looked_for(monkeypatch):
-    assert nccl.library.wheels() == [] or all(path.endswith("libnccl.so.2") for path in nccl.library.wheels())
-    double()
-    found = nccl.library.load()
-    assert (found.version, found.release, found.absent) == (22809, "2.28.9", [])
-    assert found.path.endswith(".so") or ".so" in found.path

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from cases import KINDS, OPS, REDUCING, Case
+from cases import KINDS, Case, grid
 from shm_world import caught
 
 from tpmp_kernels.comm import communicator
@@ -25,17 +25,6 @@ _MOVED = (torch.bool, torch.uint16, torch.complex64, torch.float8_e4m3fn)
 _SIZES = (0, 1, 97)
 
 
-def _cases(sizes, dtypes, moved=()) -> list[Case]:
-    cases = []
-    for kind, n in itertools.product(KINDS, sizes):
-        for dtype, op in itertools.product(dtypes, OPS if kind in REDUCING else [""]):
-            if op != "avg" or dtype.is_floating_point:
-                cases.append(Case(kind, n, dtype, op or "sum"))
-        if kind not in REDUCING:
-            cases += [Case(kind, n, dtype) for dtype in moved]
-    return [*cases, *(Case("all_to_all", n, torch.float32, uneven=True) for n in sizes)]
-
-
 def _wrong(cases: list[Case], native: bool) -> list[str]:
     with pytest.MonkeyPatch.context() as patch, _world() as comm:
         if native:
@@ -45,8 +34,8 @@ def _wrong(cases: list[Case], native: bool) -> list[str]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_kind_dtype_op_and_size(ranks, size):
-    cases = _cases(_SIZES, (torch.float32, torch.bfloat16, torch.int64), _MOVED)
-    cases += _cases((5,), (torch.float64, torch.float16, torch.int32, torch.int16, torch.int8, torch.uint8))
+    cases = grid(_SIZES, (torch.float32, torch.bfloat16, torch.int64), _MOVED)
+    cases += grid((5,), (torch.float64, torch.float16, torch.int32, torch.int16, torch.int8, torch.uint8))
     for wrong in ranks(size).run(_wrong, cases, False):
         assert wrong == []
 
@@ -54,7 +43,7 @@ def test_every_kind_dtype_op_and_size(ranks, size):
 @pytest.mark.full
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_every_combination(ranks, size):
-    for wrong in ranks(size).run(_wrong, _cases((0, 1, 2, 97, 10_007), _FLOATS + _INTEGERS, _MOVED), False):
+    for wrong in ranks(size).run(_wrong, grid((0, 1, 2, 97, 10_007), _FLOATS + _INTEGERS, _MOVED), False):
         assert wrong == []
 
 
@@ -67,7 +56,7 @@ def _wrong_in_pieces(cases: list[Case]) -> list[str]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_large_tensors_go_in_pieces(ranks, size):
-    for wrong in ranks(size).run(_wrong_in_pieces, _cases((16, 17, 50), (torch.float64, torch.float16))):
+    for wrong in ranks(size).run(_wrong_in_pieces, grid((16, 17, 50), (torch.float64, torch.float16))):
         assert wrong == []
     for wrong in ranks(size).run(_wrong, [Case(kind, 1_100_003) for kind in ("all_reduce", "all_gather")], False):
         assert wrong == []
@@ -75,7 +64,7 @@ def test_large_tensors_go_in_pieces(ranks, size):
 
 def test_the_backends_own_collectives(ranks):
     """As on NCCL, here of gloo; at two ranks no order of reduction is open."""
-    cases = _cases(_SIZES, (torch.float32, torch.int64), _MOVED)
+    cases = grid(_SIZES, (torch.float32, torch.int64), _MOVED)
     for wrong in ranks(2).run(_wrong, cases, True):
         assert wrong == []
 

@@ -81,3 +81,27 @@ def test_aot_finds_an_operand_in_registers():
     built = aot.compile(cast_before_dot, {**named, "k": 4096}, arch="sm90", num_warps=4, num_stages=3)
     assert built.products() > 0
     assert built.register_operands() > 0
+
+
+LOOPS = """
+        /*0000*/  STL [R1], R2 ;
+        /*0010*/  MOV R3, R4 ;
+        /*0020*/  LDL R5, [R1+0x4] ;
+        /*0030*/  @P0 BRA 0x20 ;
+        /*0040*/  STL [R1+0x8], R6 ;
+        /*0050*/  @P1 BRA `(.L_x_1) 0x10 ;
+        /*0060*/  LDL R7, [R1+0x8] ;
+"""
+
+
+def test_aot_finds_what_goes_to_memory_within_a_loop():
+    """One load in the inner loop; a store in the outer one, and one of each outside, are once a tile."""
+    built = aot.Compiled("sm90", 0, 0, 16, LOOPS)
+    assert (built.count("LDL"), built.count("STL")) == (2, 2)
+    assert (built.count_in_loops("LDL"), built.count_in_loops("STL")) == (1, 0)
+    with pytest.raises(AssertionError, match="1 of them in an innermost loop"):
+        assert_no_spill(built)
+    once = aot.Compiled("sm90", 0, 0, 16, LOOPS.replace("LDL R5", "LDG R5"))
+    assert_no_spill(once)
+    with pytest.raises(AssertionError, match="stack 72 B"):
+        assert_no_spill(aot.Compiled("sm90", 0, 0, 72, once.code))

@@ -1,10 +1,6 @@
 """The GEMM that signals: how chunks are cut, what it refuses, and its numbers and order in Triton's interpreter."""
 
-import json
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +11,7 @@ from tpmp_kernels.kernels import tiles
 
 pytest.importorskip("triton")
 
+from interpreted import outcomes
 from signal_cases import CASES
 
 from tpmp_kernels.kernels.signal_linear import chunk_rows, expected, signal_linear, signal_tile
@@ -24,22 +21,14 @@ SAMPLE = ["wait", "call", *random.Random(3).sample([name for name in CASES if "-
 TILE = tiles.Tile(128, 256, 64, 8, 8, 4, 64, "descriptors", persistent=True)
 
 
-def interpret(names: list[str]) -> dict[str, str]:
-    """The outcome of each case, from one process with the interpreter switched on."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, PROGRAM, *names], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def sample() -> dict[str, str]:
-    return interpret(SAMPLE)
+    return outcomes(PROGRAM, SAMPLE)
 
 
 @pytest.fixture(scope="module")
 def rest() -> dict[str, str]:
-    return interpret([name for name in CASES if name not in SAMPLE])
+    return outcomes(PROGRAM, [name for name in CASES if name not in SAMPLE])
 
 
 @pytest.mark.parametrize("name", SAMPLE)

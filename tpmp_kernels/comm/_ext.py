@@ -6,7 +6,7 @@ import warnings
 from tpmp_kernels import env
 
 # Raised whenever bindings.cpp or the layout of the shared segment changes; setup.py compiles it into the extension.
-ABI = "tpmp-7"
+ABI = "tpmp-8"
 
 
 def load():

@@ -73,9 +73,9 @@ class Communicator(ABC):
         return False
 
     @property
-    def gates(self) -> bool:
-        """True where a posted call can wait for a counter in device memory: see NcclCommunicator.behind."""
-        return False
+    def gates(self) -> str:
+        """The type of device on which a posted call can wait for a counter (NcclCommunicator.behind), or ""."""
+        return ""
 
     # ---- collectives
 

@@ -66,8 +66,8 @@ class TrainingConfig:
     """Dtype of parameters and activations."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks compute; auto takes CUDA where every local rank has a GPU."""
-    transport: Literal["auto", "shm", "process_group"] = "auto"
-    """How ranks communicate; auto takes shared memory where all ranks of a group share it."""
+    transport: Literal["auto", "shm", "process_group", "nccl"] = "auto"
+    """How ranks communicate; auto takes nccl on CUDA, and shared memory where all ranks of a group share it."""
     threads: int = 1
     """CPU threads per rank."""
     timeout: float = 60.0

@@ -1,4 +1,5 @@
-// Test double of the CUDA driver: the symbols that csrc/cuda_api.cpp binds, with the driver's ABI, on host memory.
+// Test double of the CUDA driver: the symbols that csrc/cuda_api.cpp binds, and a copy for the tests, with the driver's
+// ABI, on host memory.
 //
 // A stream is a queue that a thread of its own works off, so that order comes from events alone, as on a device. While
 // a stream captures, what it gets is noted instead and done at each launch. fake_cuda_* are the test's controls.
@@ -16,7 +17,7 @@
 
 namespace {
 
-constexpr int kSuccess = 0, kInvalid = 1, kNotReady = 600, kNotSupported = 801;
+constexpr int kSuccess = 0, kInvalid = 1, kNotReady = 600;
 constexpr int kUnsafe = 900, kCapturedEvent = 907;
 constexpr int kGlobal = 0;
 
@@ -34,14 +35,16 @@ struct Graph {
 }  // namespace
 
 struct FakeStream {
-  FakeStream() : worker([this] { work(); }) { ++live_streams; }
+  FakeStream() {
+    std::thread([own = state] { work(*own); }).detach();  // it may be inside what never ends, as a kernel may
+    ++live_streams;
+  }
   ~FakeStream() {
     {
-      const std::lock_guard<std::mutex> lock(mutex);
-      ending = true;
+      const std::lock_guard<std::mutex> lock(state->mutex);
+      state->ending = true;
     }
-    wake.notify_all();
-    worker.detach();  // it may be inside an operation that never ends, as a kernel may
+    state->wake.notify_all();
     --live_streams;
   }
   void push(Step step) {
@@ -60,32 +63,27 @@ struct FakeStream {
   Graph* graph = nullptr;  // being captured
 
  private:
-  // What the worker touches outlives the stream.
+  // What the worker touches; it outlives the stream.
   struct State {
     std::mutex mutex;
     std::condition_variable wake;
     std::deque<Step> queue;
     bool busy = false, ending = false;
   };
-  std::shared_ptr<State> state = std::make_shared<State>();
-  std::mutex& mutex = state->mutex;
-  std::condition_variable& wake = state->wake;
-  bool& ending = state->ending;
-  std::thread worker;
+  const std::shared_ptr<State> state = std::make_shared<State>();
 
-  void work() {
-    const std::shared_ptr<State> own = state;
-    std::unique_lock<std::mutex> lock(own->mutex);
+  static void work(State& own) {
+    std::unique_lock<std::mutex> lock(own.mutex);
     for (;;) {
-      own->wake.wait(lock, [&] { return own->ending || !own->queue.empty(); });
-      if (own->queue.empty()) return;  // a stream that is destroyed still does what it has
-      const Step step = std::move(own->queue.front());
-      own->queue.pop_front();
-      own->busy = true;
+      own.wake.wait(lock, [&] { return own.ending || !own.queue.empty(); });
+      if (own.queue.empty()) return;  // a stream that is destroyed still does what it has
+      const Step step = std::move(own.queue.front());
+      own.queue.pop_front();
+      own.busy = true;
       lock.unlock();
       step();
       lock.lock();
-      own->busy = false;
+      own.busy = false;
     }
   }
 };
@@ -117,7 +115,6 @@ void fake_cuda_push(FakeStream* stream, Step step) { of(stream).push(std::move(s
 extern "C" {
 
 int cuInit(unsigned) { return kSuccess; }
-int cuDriverGetVersion(int* version) { return *version = 13000, kSuccess; }
 int cuGetErrorName(int result, const char** name) {
   *name = result == kSuccess ? "CUDA_SUCCESS" : result == kNotReady ? "CUDA_ERROR_NOT_READY" : "CUDA_ERROR_OF_DOUBLE";
   return kSuccess;
@@ -127,9 +124,7 @@ int cuGetErrorString(int, const char** text) { return *text = "as the test asked
 thread_local void* context = reinterpret_cast<void*>(0x1000);
 int cuCtxGetCurrent(void** found) { return *found = context, kSuccess; }
 int cuCtxSetCurrent(void* wanted) { return context = wanted, kSuccess; }
-int cuCtxGetDevice(int* device) { return *device = 0, kSuccess; }
 int cuCtxGetStreamPriorityRange(int* least, int* greatest) { return *least = 0, *greatest = -5, kSuccess; }
-int cuDeviceGetAttribute(int* value, int, int) { return *value = 132, kSuccess; }
 
 int cuStreamCreateWithPriority(FakeStream** stream, unsigned, int) { return *stream = new FakeStream, kSuccess; }
 int cuStreamDestroy_v2(FakeStream* stream) { return delete stream, kSuccess; }
@@ -188,17 +183,6 @@ int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   return *address = reinterpret_cast<uint64_t>(std::aligned_alloc(256, (bytes + 255) / 256 * 256)), kSuccess;
 }
 int cuMemFree_v2(uint64_t address) { return std::free(reinterpret_cast<void*>(address)), kSuccess; }
-
-int cuIpcGetMemHandle(void*, uint64_t) { return kNotSupported; }
-int cuIpcOpenMemHandle_v2(uint64_t*, IpcHandle, unsigned) { return kNotSupported; }
-int cuIpcCloseMemHandle(uint64_t) { return kNotSupported; }
-int cuModuleLoadData(void**, const void*) { return kNotSupported; }
-int cuModuleUnload(void*) { return kNotSupported; }
-int cuModuleGetFunction(void**, void*, const char*) { return kNotSupported; }
-int cuLaunchKernel(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, FakeStream*, void**,
-                   void**) {
-  return kNotSupported;
-}
 
 // ---- controls
 

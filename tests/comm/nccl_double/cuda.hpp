@@ -7,7 +7,6 @@
 #include <memory>
 
 struct FakeStream;
-struct IpcHandle { char reserved[64]; };
 using Step = std::function<void()>;
 
 void fake_cuda_push(FakeStream* stream, Step step);

@@ -1,5 +1,5 @@
 // Test double of NCCL: the symbols that csrc/nccl_api.cpp binds, with NCCL's ABI, between threads or processes of one
-// host, over files of a folder that the unique id names.
+// host, over files of a folder, made in FAKE_NCCL_DIR, that the unique id names.
 //
 // As NCCL does, a call only enqueues on its stream; there the operation meets its peers' of the same number; a send is
 // over when its receive has taken it; what stands in one group takes place together; an abort lets every operation go,
@@ -11,20 +11,21 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <map>
 #include <mutex>
-#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "cuda.hpp"
+#include "faults.hpp"
+#include "reductions.hpp"
 
 namespace {
 
@@ -34,53 +35,8 @@ constexpr int kLater = 20;  // ms after which an asynchronous error comes: when 
 constexpr unsigned kMagic = 0xcafebeef;
 struct UniqueId { char bytes[128]; };
 struct Config { size_t size; unsigned magic, version; int blocking; };
-using Buffer = std::vector<char>;
 
 void nap() { std::this_thread::sleep_for(std::chrono::microseconds(50)); }
-
-// ---- faults
-
-struct Fault {
-  std::string rank, function, hit, action;
-  int value = 0;
-};
-
-std::mutex plan_mutex;
-std::condition_variable released;
-std::vector<Fault> faults;
-std::map<std::pair<std::string, int>, int> hits;
-std::vector<std::string> called;
-int release = 0;
-
-std::vector<Fault> parsed(const std::string& text) {
-  std::vector<Fault> found;
-  std::istringstream entries(text);
-  for (std::string entry; std::getline(entries, entry, ';');) {
-    std::istringstream in(entry);
-    Fault fault;
-    std::getline(in, fault.rank, ':');
-    std::getline(in, fault.function, ':');
-    std::getline(in, fault.hit, ':');
-    std::getline(in, fault.action, '=');
-    in >> fault.value;
-    found.push_back(fault);
-  }
-  return found;
-}
-
-// Notes the call, and returns what is planned for it; hangs where that is planned.
-Fault met(const std::string& function, int rank, const std::string& what = "") {
-  std::unique_lock<std::mutex> lock(plan_mutex);
-  called.push_back(function + "(" + std::to_string(rank) + what + ")");
-  const int count = ++hits[{function, rank}];
-  for (const Fault fault : faults) {  // a copy: the plan may change while this hangs
-    if (fault.function != function || (fault.rank != "*" && fault.rank != std::to_string(rank))) continue;
-    if (fault.hit != "*" && fault.hit != std::to_string(count)) continue;
-    if (fault.action == "hang") released.wait(lock, [before = release] { return release != before; });
-    return fault;
-  }
-  return {};
-}
 
 // ---- communicators
 
@@ -111,15 +67,24 @@ Comm of(FakeComm* handle) {
   return found == comms.end() ? nullptr : found->second;
 }
 
-void forget(FakeComm* handle) {
-  const std::lock_guard<std::mutex> lock(comms_mutex);
-  comms.erase(handle);
-}
 
 void write_file(const std::string& path, const void* data, size_t bytes) {
   const std::string part = path + ".part";
   std::ofstream(part, std::ios::binary).write(static_cast<const char*>(data), std::streamsize(bytes));
   std::rename(part.c_str(), path.c_str());
+}
+
+// The last rank to go takes the folder along.
+void forget(FakeComm* handle) {
+  const Comm comm = of(handle);
+  const auto left = [&](int rank) { return comm->file("left." + std::to_string(rank)); };
+  write_file(left(comm->rank), "", 0);
+  bool all = true;
+  for (int rank = 0; rank < comm->size; ++rank) all = all && access(left(rank).c_str(), F_OK) == 0;
+  std::error_code unable;
+  if (all) std::filesystem::remove_all(comm->folder, unable);
+  const std::lock_guard<std::mutex> lock(comms_mutex);
+  comms.erase(handle);
 }
 
 // Waits for a file; false where the communicator was aborted meanwhile.
@@ -133,77 +98,6 @@ bool await(const Comm& comm, const std::string& path) {
 Buffer read_file(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   return Buffer(std::istreambuf_iterator<char>(in), {});
-}
-
-// ---- reductions
-
-float widened(uint16_t bits, bool bf16) {
-  if (!bf16) {
-    _Float16 half;
-    std::memcpy(&half, &bits, 2);
-    return float(half);
-  }
-  const uint32_t word = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
-
-uint16_t narrowed(float value, bool bf16) {
-  uint16_t bits;
-  if (!bf16) {
-    const _Float16 half = _Float16(value);
-    std::memcpy(&bits, &half, 2);
-    return bits;
-  }
-  uint32_t word;
-  std::memcpy(&word, &value, 4);
-  if (value != value) return 0x7fc0;
-  return uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
-}
-
-template <class T>
-T combined(T a, T b, int op) {
-  switch (op) {
-    case 1: return T(a * b);
-    case 2: return std::max(a, b);
-    case 3: return std::min(a, b);
-    default: return T(a + b);
-  }
-}
-
-template <class T>
-void reduce_as(std::vector<Buffer>& parts, int op) {
-  T* total = reinterpret_cast<T*>(parts[0].data());
-  for (size_t i = 0; i < parts[0].size() / sizeof(T); ++i) {
-    for (size_t r = 1; r < parts.size(); ++r) total[i] = combined(total[i], reinterpret_cast<T*>(parts[r].data())[i], op);
-    if (op == 4) total[i] = T(total[i] / T(parts.size()));
-  }
-}
-
-void reduce_halves(std::vector<Buffer>& parts, int op, bool bf16) {
-  uint16_t* out = reinterpret_cast<uint16_t*>(parts[0].data());
-  for (size_t i = 0; i < parts[0].size() / 2; ++i) {
-    float total = widened(out[i], bf16);
-    for (size_t r = 1; r < parts.size(); ++r)
-      total = combined(total, widened(reinterpret_cast<uint16_t*>(parts[r].data())[i], bf16), op);
-    out[i] = narrowed(op == 4 ? total / float(parts.size()) : total, bf16);
-  }
-}
-
-// Into the first part.
-void reduce(std::vector<Buffer>& parts, int dtype, int op) {
-  switch (dtype) {
-    case 0: return reduce_as<int8_t>(parts, op);
-    case 1: return reduce_as<uint8_t>(parts, op);
-    case 2: return reduce_as<int32_t>(parts, op);
-    case 3: return reduce_as<uint32_t>(parts, op);
-    case 4: return reduce_as<int64_t>(parts, op);
-    case 5: return reduce_as<uint64_t>(parts, op);
-    case 7: return reduce_as<float>(parts, op);
-    case 8: return reduce_as<double>(parts, op);
-    default: return reduce_halves(parts, op, dtype == 9);
-  }
 }
 
 // ---- operations
@@ -295,7 +189,8 @@ void enqueue_joint(const Joint& joint, const Fault& fault) {
   });
 }
 
-int message(const char* function, FakeComm* handle, FakeStream* stream, bool sends, void* data, size_t bytes, int peer) {
+int message(const char* function, FakeComm* handle, FakeStream* stream, bool sends, void* data, size_t bytes,
+            int peer) {
   const Comm comm = of(handle);
   if (comm == nullptr) return kInvalidArgument;
   const Fault fault = met(function, comm->rank, "," + std::to_string(bytes));
@@ -339,11 +234,14 @@ const char* ncclGetErrorString(int result) {
   return texts[result];
 }
 
+#ifndef WITHOUT_LAST_ERROR
 const char* ncclGetLastError(FakeComm*) { return "as the test asked"; }
+#endif
 
 int ncclGetUniqueId(UniqueId* id) {
   const char* told = std::getenv("FAKE_NCCL_DIR");
-  const std::string pattern = std::string(told != nullptr ? told : "/tmp") + "/fake-nccl-XXXXXX";
+  const std::string pattern = std::string(told != nullptr ? told : "") + "/XXXXXX";
+  if (told == nullptr || pattern.size() >= sizeof id->bytes) return kInternal;
   std::memset(id, 0, sizeof *id);
   std::memcpy(id->bytes, pattern.c_str(), pattern.size());
   return mkdtemp(id->bytes) != nullptr ? kSuccess : kInternal;

@@ -1,6 +1,7 @@
 """The nccl transport: a communicator between GPU ranks over NCCL, found at run time (csrc/nccl).
 
-communicator.py is the transport, connect.py makes it, library.py says where NCCL is looked for.
+communicator.py is the transport, work.py its calls under way, connect.py makes it, library.py says where NCCL is
+looked for, device.py what must be known of the device.
 """
 
 from tpmp_kernels.comm.nccl.communicator import NcclCommunicator

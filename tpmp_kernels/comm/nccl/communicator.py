@@ -15,6 +15,7 @@ from tpmp_kernels.comm.arguments import Collective
 from tpmp_kernels.comm.communicator import Communicator, Work
 from tpmp_kernels.comm.core_calls import DTYPES
 from tpmp_kernels.comm.nccl.device import Device
+from tpmp_kernels.comm.nccl.work import Kept, NcclWork, Probe
 from tpmp_kernels.comm.out_of_band import agreement
 from tpmp_kernels.comm.out_of_band.communicator import ComparedCommunicator, Interrupted, LibraryError, open_board
 from tpmp_kernels.comm.out_of_band.reports import Call, Verdict
@@ -23,14 +24,6 @@ from tpmp_kernels.errors import PeerDied, TransportError, TransportTimeout
 _REDUCED = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int8, torch.uint8,
 )  # fmt: skip
-
-
-class Kept(NamedTuple):
-    """The tensors of a call under way: the device still reads or writes them."""
-
-    record: Call
-    core: object
-    tensors: tuple
 
 
 class Gate(NamedTuple):
@@ -50,8 +43,8 @@ class NcclCommunicator(ComparedCommunicator):
     `seconds` counts the enqueueing, and an error may come with a later call. Collectives take place in the order of the
     calls, messages of an ordered pair of ranks likewise, each beside the others; the collectives of `host` are an order
     of their own. The first message with a peer connects the two, and waits on the host until the peer does so, too:
-    `warm_up` does it in advance, and must where ranks begin by messages in a circle.
-    Reductions run in NCCL's own order and rounding.
+    `warm_up` does it in advance, and must where ranks begin by messages in a circle. Reductions run in NCCL's own order
+    and rounding.
 
     Every operation has a deadline, `timeout` seconds from when the device comes to it. What is promised of mismatches,
     dead peers and abort() is what the process_group transport promises; once the group has failed, NCCL is aborted, so
@@ -64,7 +57,6 @@ class NcclCommunicator(ComparedCommunicator):
 
     transport = "nccl"
     _remedy = "close this communicator on every rank and make a new one (communicator(group) again)"
-    _library = "nccl"
 
     def __init__(
         self,
@@ -86,16 +78,15 @@ class NcclCommunicator(ComparedCommunicator):
         self._connected: set[int] = set()  # with these peers
         # A kernel of NCCL may spin for as long as the communicator lives.
         board.blocked.add(core)
-        board.probe = _Probe(board, core, self._kept, self.rank, timeout)
-        core.set_timeout(timeout)
+        board.probe = Probe(core, self._kept, self.rank, timeout)
 
     @property
     def overlaps(self) -> bool:
         return True
 
     @property
-    def gates(self) -> bool:
-        return self._core.gates()
+    def gates(self) -> str:
+        return self._device.type if self._core.gates() else ""
 
     def mark(self):
         """This place in the current stream, for `behind`."""
@@ -118,32 +109,13 @@ class NcclCommunicator(ComparedCommunicator):
         """
         everybody = range(self.size)
         pairs = [(a, b) for a in everybody for b in everybody] if pairs is None else pairs
-        for low, high in sorted(
-            {(min(pair), max(pair)) for pair in pairs}
-        ):  # whom a rank waits for waits for nobody else
+        # In one order on all ranks: whom a rank waits for waits for nobody else.
+        for low, high in sorted({(min(pair), max(pair)) for pair in pairs}):
             if low != high and self.rank in (low, high):
-                peer = low + high - self.rank
-                spare = torch.zeros(2, dtype=torch.uint8, device=self._device.type)
-                for work in self.exchange([(spare[:1], peer)], [(spare[1:], peer)], tag="warm up"):
+                peer, spare = low + high - self.rank, torch.zeros(2, dtype=torch.uint8, device=self._device.type)
+                works = [self.isend(spare[:1], peer, tag="warm up"), self.irecv(spare[1:], peer, tag="warm up")]
+                for work in works:
                     work.wait()
-
-    def exchange(self, sends: list[tuple], recvs: list[tuple], *, tag: str = "") -> list[Work]:
-        """Post messages that take place together, whatever the order on the peers: pairs (dense tensor, rank)."""
-        ends = [("send", *pair) for pair in sends] + [("recv", *pair) for pair in recvs]
-        records = [self._record_message(kind, tensor, peer, tag) for kind, tensor, peer in ends]
-        if not records:
-            return []
-        for record, (_, _, peer) in zip(records, ends, strict=True):
-            self._connect(record, peer)
-        stream = self._device.stream()
-        messages = [core_calls.message(tensor, peer, tag, stream) for _, tensor, peer in ends]
-        cores = self._attempt(
-            records[0], lambda _: self._core.exchange(messages[: len(sends)], messages[len(sends) :]), self.timeout
-        )
-        return [
-            self._keep(record, core, (tensor,), None)
-            for record, core, (_, tensor, _) in zip(records, cores, ends, strict=True)
-        ]
 
     def abort(self, reason: str) -> None:
         super().abort(reason)
@@ -188,6 +160,8 @@ class NcclCommunicator(ComparedCommunicator):
 
     def _post(self, call: Collective, landed: Callable[[], None] | None) -> Work:
         if self._of_host(call.input, call.output):
+            if self._gate is not None:
+                raise ValueError(f"{call.kind}: a call behind a counter needs {self._device.type} tensors; move them")
             return self._host._post(call, landed)
         record = self._record(call)
         posted = core_calls.collective(call, self._device.stream())
@@ -253,10 +227,10 @@ class NcclCommunicator(ComparedCommunicator):
             time.sleep(0.001)
         return bytes.fromhex(self._store.get(key).decode())
 
-    def _keep(self, record: Call, core, tensors: tuple, landed) -> "_NcclWork":
+    def _keep(self, record: Call, core, tensors: tuple, landed) -> NcclWork:
         self._kept[:] = [kept for kept in self._kept if not kept.core.over()]
         self._kept.append(Kept(record, core, tensors))
-        return _NcclWork(self, self._kept[-1], landed)
+        return NcclWork(self, self._kept[-1], landed)
 
     # ---- waits and errors
 
@@ -287,51 +261,6 @@ def verdict_of(error: TransportError) -> Verdict:
     if isinstance(error, PeerDied):
         return Verdict("PeerDied", error.culprit, f"a rank is lost: {error}")
     return Verdict(type(error).__name__, error.culprit, str(error))
-
-
-class _NcclWork(Work):
-    def __init__(self, comm: NcclCommunicator, kept: Kept, landed: Callable[[], None] | None):
-        self._comm, self._kept, self._landed = comm, kept, landed
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Make the current stream wait for the call; a barrier blocks the host, at most `timeout` seconds."""
-        if self._kept is None:
-            return
-        comm, (record, core, _) = self._comm, self._kept
-        comm._check(record)
-        seconds = comm.timeout if timeout is None else timeout
-        if record.kind == "barrier":
-            comm._await(record, lambda _: core.wait(seconds), seconds)
-        else:
-            comm._attempt(record, lambda _: core.order(comm._device.stream()), seconds)
-        # What the stream does from here on comes after the call: the tensors may go.
-        if self._kept in comm._kept:
-            comm._kept.remove(self._kept)
-        self._kept = None
-        landed, self._landed = self._landed, None
-        if landed is not None:
-            landed()
-
-    def done(self) -> bool:
-        return self._kept is None or self._comm._board.failure is not None or self._kept.core.done()
-
-
-class _Probe:
-    """Asked by the board's thread: what the transport's own watch has found, as a judge of the reports."""
-
-    def __init__(self, board, core, kept: list[Kept], rank: int, timeout: float):
-        self._board, self._core, self._kept, self._rank, self._timeout = board, core, kept, rank, timeout
-
-    def __call__(self) -> tuple[Callable, bool] | None:
-        """The judge, and whether it should wait for a word of somebody who knows more."""
-        found = self._core.failure()
-        if found is None:
-            return None
-        kind, culprit, text = found
-        stuck = next((kept.record for kept in list(self._kept) if not kept.core.over()), None)
-        if kind == "TransportTimeout" and stuck is not None:
-            return lambda reports: agreement.timeout(reports, self._rank, self._timeout, stuck), False
-        return lambda _: Verdict(kind, culprit, text), kind == "PeerDied"
 
 
 def _leave(board, core, host: Communicator | None) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable
 
@@ -12,7 +13,6 @@ from tpmp_kernels import errors
 from tpmp_kernels.comm.arguments import Collective
 from tpmp_kernels.comm.communicator import Communicator
 from tpmp_kernels.comm.meeting import meeting_place
-from tpmp_kernels.comm.out_of_band import agreement
 from tpmp_kernels.comm.out_of_band.board import Board
 from tpmp_kernels.comm.out_of_band.bulletin import second_client
 from tpmp_kernels.comm.out_of_band.reports import COLLECTIVES, Call, Verdict
@@ -46,7 +46,6 @@ class ComparedCommunicator(Communicator):
     """Collectives are one lane of numbered calls, messages of each ordered pair of ranks another (reports.py)."""
 
     _remedy: str  # what to do after an error
-    _library: str  # whose words an error of the library's repeats
 
     def __init__(self, board: Board, leave, rank: int, size: int, *, name: str, timeout: float):
         """`leave`: the finalizer of this communicator, alive until it is closed."""
@@ -111,17 +110,9 @@ class ComparedCommunicator(Communicator):
         waited = f"waited {time.monotonic() - begun:.2f} s of {timeout:g} s"
         raise self._error(verdict, f"rank {self.rank} in {record.numbered()} | {waited}")
 
+    @abstractmethod
     def _judge(self, record: Call, error: LibraryError, waited: float) -> Verdict:
-        reason, peer = str(error), error.peer
-        if "imed out" in reason or ("imeout" in reason and "pair closure" not in reason):
-            return self._board.fail(lambda reports: agreement.timeout(reports, self.rank, waited, record))
-        said = f"{self._library} says: {reason}"
-        if peer >= 0 or "onnection" in reason or "closed by peer" in reason:
-            whom = f"rank {peer}" if peer >= 0 else "a rank"
-            verdict = Verdict("PeerDied", peer if peer >= 0 else None, f"{whom} is lost: {said}")
-        else:
-            verdict = Verdict("TransportError", None, said)
-        return self._board.fail(lambda _: verdict, grace=True)
+        """Make what the library said, after so many seconds in the call, the failure of the group; return that."""
 
     def _error(self, verdict: Verdict, where: str) -> TransportError:
         text = f"communicator {self.name!r}: {verdict.text} | {where} | do: {self._remedy}"

@@ -90,7 +90,7 @@ def plan_of(
 ) -> Plan:
     """The plan of a call whose x serves some weights [N_i, K]: a function of its arguments alone, which are the same on
     every rank. ValueError for names, shapes and modes."""
-    _check(name, x_shape, len(weight_shapes), comm, mode, chunks)
+    _check(name, x_shape, len(weight_shapes), comm, mode, chunks, device)
     costs = _costs(name, x_shape, weight_shapes, dtype, comm, rates or default_rates(device))
     rows = _rows(name, x_shape, comm)
     if comm.size == 1:
@@ -108,11 +108,13 @@ def plan_of(
     return Plan("chunked", fastest(costs, rows, least=2), costs, "asked for; so many are the fastest")
 
 
-def _check(name: str, x_shape: Sequence[int], weights: int, comm: Communicator, mode: str, chunks: int | None) -> None:
+def _check(
+    name: str, x_shape: Sequence[int], weights: int, comm: Communicator, mode: str, chunks: int | None, device: str
+) -> None:
     if name not in _MOVES:
         raise ValueError(f"explain: expected one of {', '.join(_MOVES)}, got {name!r}; only these overlap")
     if mode == "signal":
-        _check_signal(name, weights, comm)
+        _check_signal(name, weights, comm, device)
     elif mode not in MODES:
         raise ValueError(f"{name}: mode is {mode!r}; pass one of {', '.join(MODES)}")
     if chunks is not None and (mode not in ("chunked", "signal") or chunks < 1):
@@ -128,10 +130,10 @@ def _check(name: str, x_shape: Sequence[int], weights: int, comm: Communicator, 
         )
 
 
-def _check_signal(name: str, weights: int, comm: Communicator) -> None:
+def _check_signal(name: str, weights: int, comm: Communicator, device: str) -> None:
     if name not in ("linear_all_reduce", "copy_linear"):
         raise ValueError(f"{name}: signal is for linear_all_reduce and copy_linear; use chunked or auto")
-    if comm.size > 1 and not comm.gates:
+    if comm.size > 1 and comm.gates != device:
         raise ValueError(f"{name}: signal needs CUDA tensors and the nccl transport; use chunked or auto")
     if weights > 1:
         raise ValueError(f"{name}: signal multiplies one weight in a pass, got {weights}; use chunked or auto")

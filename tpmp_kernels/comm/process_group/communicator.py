@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from tpmp_kernels.comm.arguments import Collective
 from tpmp_kernels.comm.communicator import Work
+from tpmp_kernels.comm.out_of_band import agreement
 from tpmp_kernels.comm.out_of_band.board import Board
-from tpmp_kernels.comm.out_of_band.communicator import NAMES, ComparedCommunicator, open_board
+from tpmp_kernels.comm.out_of_band.communicator import NAMES, ComparedCommunicator, LibraryError, open_board
 from tpmp_kernels.comm.out_of_band.reports import Call, Verdict
 from tpmp_kernels.comm.process_group.helpers import FOREVER, Helpers, Interrupt, Message
 from tpmp_kernels.comm.process_group.messages import Messages, as_bytes
@@ -50,7 +51,7 @@ class ProcessGroupCommunicator(ComparedCommunicator):
 
     def __init__(self, group: dist.ProcessGroup, *, name: str = "", timeout: float = 60.0):
         self._backends: dict[str, str] = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-        self._library = group.name()
+        self._group = group
         interrupt = Interrupt(group, self._backends)
         board, _, seed = open_board(group, interrupt)
         self._messages, self._native = Messages(group, seed, board), Native(group, board)
@@ -135,6 +136,18 @@ class ProcessGroupCommunicator(ComparedCommunicator):
     def _streams(self, tensor: torch.Tensor | None) -> bool:
         """Whether the device orders the call. A barrier is for the host."""
         return tensor is not None and tensor.device.type != "cpu" and self._backends[tensor.device.type] != "gloo"
+
+    def _judge(self, record: Call, error: LibraryError, waited: float) -> Verdict:
+        reason, peer = str(error), error.peer
+        if "imed out" in reason or ("imeout" in reason and "pair closure" not in reason):
+            return self._board.fail(lambda reports: agreement.timeout(reports, self.rank, waited, record))
+        said = f"{self._group.name()} says: {reason}"
+        if peer >= 0 or "onnection" in reason or "closed by peer" in reason:
+            whom = f"rank {peer}" if peer >= 0 else "a rank"
+            verdict = Verdict("PeerDied", peer if peer >= 0 else None, f"{whom} is lost: {said}")
+        else:
+            verdict = Verdict("TransportError", None, said)
+        return self._board.fail(lambda _: verdict, grace=True)
 
 
 class _PostedWork(Work):
