@@ -84,7 +84,8 @@ def test_each_code_that_a_call_returns(function, code):
     if function.startswith("ncclGroup"):
         plan(f"*:{function}:*:return={code}")
     else:
-        plan(f"0:{function}:1:return={code}")
+        receiver = function == "ncclRecv"  # rank 1 of a pair's communicator, whatever it is of all
+        plan(f"{int(receiver)}:{function}:1:return={code}")
     connected = CALLS[function] in ("send", "recv")
     name, _, text, failure = run(2, lambda rank: fails(rank, CALLS[function]), connected=connected)[0]
     assert name == CODES[code] and failure[0] == name, text
@@ -108,10 +109,11 @@ FEW = (("return", 2), ("async", 6), ("async", NEVER))
 )
 def test_each_code_of_connecting(way, code):
     plan(f"0:ncclCommInitRankConfig:1:{way}={code}")
+    before = double()[0].fake_cuda_live_streams()
     outcome = run(2, lambda rank: None, timeout=1.0)[0]
     assert type(outcome).__name__ == {**CODES, NEVER: "TransportTimeout"}[code], outcome
     assert "could not connect rank 0 of 2 for collectives: " in str(outcome)
-    assert double()[1].fake_nccl_live() == 0
+    assert (double()[1].fake_nccl_live(), double()[0].fake_cuda_live_streams()) == (0, before)
 
 
 def test_a_call_in_progress_is_awaited():

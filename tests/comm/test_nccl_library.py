@@ -1,6 +1,7 @@
 """Where NCCL and the CUDA driver are found, what they may lack, and what is said where they are missing."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -37,9 +38,17 @@ def test_the_override_comes_first():
     assert loaded(TPMP_CUDA=cuda, TPMP_NCCL=nccl) == f"{nccl}|2.28.9"
 
 
-def test_then_the_copy_that_is_loaded():
+def of_wheel(path: str) -> str:
+    return f"from tpmp_kernels.comm.nccl import library; library.wheels = lambda: [{path!r}]\n"
+
+
+def test_then_the_copy_that_is_loaded_and_then_the_wheels(tmp_path):
     cuda, nccl = libraries()
-    assert loaded(f"import ctypes; ctypes.CDLL({cuda!r}); ctypes.CDLL({nccl!r})\n") == f"{nccl}|2.28.9"
+    wheel = shutil.copy(nccl, tmp_path)
+    shutil.copy(cuda, tmp_path)  # which it needs beside it
+    already = f"import ctypes; ctypes.CDLL({cuda!r}); ctypes.CDLL({nccl!r})\n"
+    assert loaded(already + of_wheel(wheel)) == f"{nccl}|2.28.9"
+    assert loaded(of_wheel(wheel), TPMP_CUDA=cuda) == f"{wheel}|2.28.9"
 
 
 def test_a_bad_override_is_no_fallback():
